@@ -17,9 +17,8 @@ import yaml
 from sparsellm import Recipe, api
 from tests.documents import ROOT, SMALL, blocks
 from tests.exports.checkpoints import wide_llama
-from tests.models import save_tiny, tiny_tokenizer
+from tests.models import converter, save_tiny, tiny_tokenizer
 from tests.models.families import mixtral
-from tests.models.in_gguf import write_gguf
 
 PAGES = [
     ROOT / "README.md",
@@ -120,7 +119,8 @@ def test_every_command_of_a_page_runs(
         (block for block in blocks(page, "python") if "SOLVERS.register" in block), ""
     )
     Path("my_solver.py").write_text(solver)
-    write_gguf(wide_llama(), Path("model-bf16.gguf"))
+    Path("llama.cpp").mkdir()
+    Path("llama.cpp/convert_hf_to_gguf.py").symlink_to(converter.__file__)
     Path("my.yaml").write_text("".join(blocks(page, "yaml")))
     result, names = steps(page), dict[str, object]()
     for language, line in result:

@@ -15,21 +15,19 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm import api, programs
 from sparsellm.app import tables
-from sparsellm.errors import RecipeError, SparseLLMError
+from sparsellm.errors import ModelError, RecipeError, SparseLLMError
 from tests.exports.checkpoints import IDS, wide_llama
-from tests.models import save_tiny, tiny_tokenizer
-from tests.models.in_gguf import write_gguf
+from tests.models import converter, save_tiny, tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 32, "effort": 0}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, its GGUF, and a text."""
+    """A dense model and a text."""
     place = tmp_path_factory.mktemp("home")
     model = wide_llama(num_hidden_layers=1)
     save_tiny(model, tiny_tokenizer(), place / "dense")
-    write_gguf(wide_llama(num_hidden_layers=1), place / "like.gguf")
     lines = (f"Line {n} of {n * 7919 % 1009} about {n * 31 % 97}." for n in range(300))
     (place / "text.txt").write_text("\n".join(lines))
     return place
@@ -96,15 +94,15 @@ def test_linears_that_stay_dense_count_for_the_size(home: Path, tmp_path: Path) 
 
 def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "small.gguf"
-    like = home / "like.gguf"
-    least = compress(home, out, program="llama.cpp", bits=5.0, like=like)
+    script = converter.__file__
+    least = compress(home, out, program="llama.cpp", bits=5.0, converter=script)
     # with all else than the linears, at the size of that file
     again = compress(
         home,
         out,
         program="llama.cpp",
         size=f"{least.bytes}B",
-        like=like,
+        converter=script,
         overwrite=True,
     )
     assert 0.97 * least.bytes < again.bytes <= least.bytes
@@ -120,6 +118,23 @@ def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) ->
     report = (tmp_path / "small.html").read_text()
     assert "sparsellm report" in report
     assert f"{again.evaluation.value:.4g}" in report
+
+
+def test_a_model_that_is_not_converted_is_refused_at_once(
+    home: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "convert.py"
+    script.write_text("raise SystemExit('Model Odd is not supported')")
+    said = r"convert\.py cannot convert .*dense: 'Model Odd is not supported'; install"
+    with pytest.raises(ModelError, match=said):
+        compress(
+            home,
+            tmp_path / "a.gguf",
+            program="llama.cpp",
+            bits=5.0,
+            converter=script,
+        )
+    assert [*tmp_path.iterdir()] == [script]
 
 
 def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
@@ -160,7 +175,7 @@ def test_a_stop_after_the_result_was_written_loses_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "small.gguf"
-    options: dict[str, Any] = {"bits": 5.0, "like": home / "like.gguf"}
+    options: dict[str, Any] = {"bits": 5.0, "converter": converter.__file__}
     with monkeypatch.context() as stopping:
         stopping.setattr(programs, "clean_up", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -180,7 +195,7 @@ def test_a_modelfile_of_the_user_stays(home: Path, tmp_path: Path) -> None:
             tmp_path / "small.gguf",
             program="llama.cpp",
             bits=5.0,
-            like=home / "like.gguf",
+            converter=converter.__file__,
         )
     assert (tmp_path / "small.Modelfile").read_text() == "mine"
 
@@ -189,7 +204,13 @@ def test_a_page_of_the_user_stays(home: Path, tmp_path: Path) -> None:
     (tmp_path / "small.html").write_text("mine")
     out = tmp_path / "small.gguf"
     with pytest.raises(SparseLLMError, match=r"small\.html' is not a report"):
-        compress(home, out, program="llama.cpp", bits=5.0, like=home / "like.gguf")
+        compress(
+            home,
+            out,
+            program="llama.cpp",
+            bits=5.0,
+            converter=converter.__file__,
+        )
     assert (tmp_path / "small.html").read_text() == "mine"
 
 
@@ -219,8 +240,12 @@ def test_transformers_gets_a_sparsity(home: Path, tmp_path: Path) -> None:
         ({"program": "transformers", "size": "4GB"}, "give a sparsity"),
         ({"program": "sparsellm", "size": "1MB"}, "at least 2.* MB are possible"),
         ({"program": "sparsellm", "bits": 0.5}, "at least .* are possible"),
-        ({"program": "llama.cpp", "bits": 4.5}, "name it with --like"),
-        ({"program": "vllm", "bits": 4.5, "like": "x.gguf"}, "leave it out"),
+        ({"program": "llama.cpp", "bits": 4.5}, "give it with --converter.*git clone"),
+        (
+            {"program": "llama.cpp", "bits": 4.5, "converter": "no.py"},
+            "'no.py' is not a file",
+        ),
+        ({"program": "vllm", "bits": 4.5, "converter": "x.py"}, "leave it out"),
         ({"program": "ollama", "bits": 4.5}, "program"),
     ],
     ids=str,

@@ -47,6 +47,7 @@ from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.estimate import foresee, named
 from sparsellm.run.fingerprint import tokens_fingerprint
+from sparsellm.run.held_out import held_out_text
 from sparsellm.run.opening import load_whole, open_model, set_products
 from sparsellm.run.request import Request
 from sparsellm.run.result import PruneResult
@@ -339,12 +340,9 @@ def measure_held_out(
     checkpoint: Path, recipe: Recipe, against: Model, progress: ProgressCallback
 ) -> Evaluation:
     """Measures the checkpoint of a run with this recipe against the dense model, on text that no run calibrates on."""
-    text = "pydoc"
-    if recipe.calibration == "c4-sample":
-        text = "c4-sample"
     return evaluate(
         checkpoint,
-        text,
+        held_out_text(recipe),
         # the model has positions for its calibration windows
         seq_len=min(recipe.seq_len or MEASURED_WINDOW, MEASURED_WINDOW),
         max_tokens=MEASURED_TOKENS,

@@ -325,7 +325,7 @@ def _named(key: str) -> Iterator[None]:
         raise NumericalError(f"{key}: {error}") from None
 
 
-def _heads(chain: Chain) -> Iterator[tuple[nn.Module, str]]:
+def heads_of(chain: Chain) -> Iterator[tuple[nn.Module, str]]:
     """Embedding and output head, with the name that each weight has in the checkpoint. One that the model does not
     have, or that is stored as the other, is left out."""
     names = {id(module): name for name, module in chain.model.named_modules()}
@@ -350,7 +350,7 @@ def _usual_head(chain: Chain, *, rounds: bool) -> Head:
     that this embedding stays as it is, since it has no such form."""
     if not rounds:
         return "keep"
-    for module, key in _heads(chain):
+    for module, key in heads_of(chain):
         if not _has_int8(module, key):
             said = (
                 f"{key} is stored as it is: a {type(module).__name__} has no int8 form"
@@ -365,7 +365,7 @@ def head_bytes(chain: Chain, head: Head) -> int:
     assert chain.reader is not None
     embedding = chain.model.get_input_embeddings()
     total = 0
-    for module, key in _heads(chain):
+    for module, key in heads_of(chain):
         if head == "keep":
             total += chain.reader.bytes_of(key)
         elif total == 0 or module.weight is not embedding.weight:
@@ -382,7 +382,7 @@ def _outside_blocks(
     assert chain.reader is not None
     tensors: dict[str, TensorSource | Tensor] = {**chain.outer_tensors()}
     embedding = chain.model.get_input_embeddings()
-    for module, key in _heads(chain):
+    for module, key in heads_of(chain):
         # a head that is tied to the embedding, and stored a second time
         if result.head and module.weight is embedding.weight:
             del tensors[key]

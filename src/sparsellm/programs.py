@@ -17,11 +17,11 @@ from pydantic import Field, JsonValue
 
 from sparsellm import api, interrupts
 from sparsellm.arguments import Checkpoint, Out, PathGiven, RecipeGiven, checked
-from sparsellm.convert import head_bytes, pack
-from sparsellm.errors import RecipeError, shown
-from sparsellm.exports.door import export
-from sparsellm.exports.gguf_file import check_file, other_bytes
-from sparsellm.exports.template import Template
+from sparsellm.convert import head_bytes, heads_of, pack
+from sparsellm.errors import RecipeError
+from sparsellm.exports.door import MAKE_TEMPLATE, export
+from sparsellm.exports.gguf_file import check_file, expected_bytes, other_bytes
+from sparsellm.exports.template import Template, check_converter, metadata_bytes
 from sparsellm.files.contents import companions_of
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import check_destination, checkpoints_among
@@ -121,7 +121,7 @@ def compress(  # noqa: PLR0913 - the Python door
     out: Out,
     size: str | int | None = None,
     bits: Bits | None = None,
-    like: PathGiven | None = None,
+    converter: PathGiven | None = None,
     overwrite: bool = False,
     restart: bool = False,
     progress: ProgressCallback = ignore,
@@ -135,7 +135,8 @@ def compress(  # noqa: PLR0913 - the Python door
         out: what is written; an unfinished run keeps its blocks next to it, in ``<out>-pruned``.
         size: bytes of the whole file or directory, embedding, head and metadata included, such as ``4GB``.
         bits: bits of a weight of the linears instead, on average, with scales and masks.
-        like: for llama.cpp, the model's GGUF as llama.cpp's converter makes it; None if ``model`` is one, or ``demo``.
+        converter: for llama.cpp, its ``convert_hf_to_gguf.py``, which is run on what was pruned; None if ``model`` is a
+            ``.gguf`` file, or ``demo``.
         overwrite, restart, progress: as in :func:`sparsellm.prune`.
 
     Raises:
@@ -149,7 +150,7 @@ def compress(  # noqa: PLR0913 - the Python door
         out=out,
         size=size,
         bits=bits,
-        like=like,
+        converter=converter,
         overwrite=overwrite,
         restart=restart,
     )
@@ -164,7 +165,8 @@ class Order:
     program: ProgramName
     out: str  # as the user typed it
     asked_bytes: int | None
-    template: Path | None  # the GGUF file for llama.cpp
+    template: Path | None = None  # for llama.cpp, the GGUF file that is pruned
+    converter: Path | None = None  # or its converter
 
     @property
     def place(self) -> Path:
@@ -213,6 +215,7 @@ def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
             to="gguf",
             out=place,
             like=order.template,
+            converter=order.converter,
             head=HEAD_OF_GGUF,
             overwrite=overwrite,
             progress=progress,
@@ -298,7 +301,7 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     out: Out,
     size: str | int | None = None,
     bits: Bits | None = None,
-    like: PathGiven | None = None,
+    converter: PathGiven | None = None,
     overwrite: bool = False,
     restart: bool = False,
 ) -> Order:
@@ -308,7 +311,10 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     if size is not None:
         asked = parse_bytes(size)
     _check_size(program, asked, bits)
-    template = _template(model, program, like)
+    script = _converter(model, program, converter)
+    template = None
+    if program == "llama.cpp" and script is None:
+        template = _pruned_file(model)
     place = Path(os.path.expanduser(out))
     pruned = _pruned(place, program)
     # an earlier start of this command may have written the result, and been stopped after that
@@ -326,12 +332,28 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     if program != "transformers":
         source = checkpoint_directory(str(model))
         chain = open_chain(source, device=torch.device("cpu"))
+        metadata = 0
+        if script is not None:
+            # refuses a model that it does not convert, before the work
+            metadata = metadata_bytes(script, source)
         if asked is not None:
-            bits = _bits_within(asked, program, chain, settled, source, template)
+            linears = _keys(chain, settled)
+            if program == "llama.cpp":
+                others = _other_bytes_of_gguf(chain, linears, template, metadata)
+            else:
+                others = _other_bytes(program, chain, linears, source)
+            bits = _bits_within(asked, program, chain, settled, others)
         settled = settled.updated(bits=bits, program=program)
         check_size(chain, settled)
     request = Request(str(model), settled, pruned, overwrite=overwrite, restart=restart)
-    return Order(request, program, str(out), asked_bytes=asked, template=template)
+    return Order(
+        request,
+        program,
+        str(out),
+        asked_bytes=asked,
+        template=template,
+        converter=script,
+    )
 
 
 def _pruned(place: Path, program: ProgramName) -> Path:
@@ -366,61 +388,82 @@ def _check_size(program: ProgramName, size: int | None, bits: float | None) -> N
         )
 
 
-def _template(
+def _converter(
     model: str | os.PathLike[str],
     program: ProgramName,
-    like: str | os.PathLike[str] | None,
+    converter: str | os.PathLike[str] | None,
 ) -> Path | None:
-    """The GGUF file of which one for llama.cpp takes all but the linears; None for other programs. Raises RecipeError
-    if none is known."""
-    if program != "llama.cpp":
-        if like is not None:
-            raise RecipeError(
-                f"--like is a GGUF file, which {program} does not read; leave it out"
-            )
+    """llama.cpp's converter; None where it is not needed. Raises RecipeError if it is, and is not given."""
+    if converter is None:
+        if program == "llama.cpp" and not _is_gguf(model):
+            raise RecipeError(MAKE_TEMPLATE)
         return None
-    if like is not None:
-        return Path(like).expanduser()
+    if program != "llama.cpp":
+        raise RecipeError(
+            f"--converter is llama.cpp's, which {program} does not need; leave it out"
+        )
+    script = Path(converter).expanduser()
+    check_converter(script)
+    return script
+
+
+def _is_gguf(model: str | os.PathLike[str]) -> bool:
+    name = str(model)
+    return name == "demo" or name.lower().endswith(".gguf")
+
+
+def _pruned_file(model: str | os.PathLike[str]) -> Path:
+    """The GGUF file that is pruned."""
     if str(model) == "demo":
         return demo_gguf()
-    if str(model).lower().endswith(".gguf"):
-        return Path(model).expanduser()
-    raise RecipeError(
-        f"llama.cpp needs the GGUF of {shown(str(model))} as a template: make it by llama.cpp's convert_hf_to_gguf.py, "
-        "and name it with --like"
-    )
+    return Path(model).expanduser()
 
 
-def _bits_within(
-    size: int,
-    program: ProgramName,
-    chain: Chain,
-    recipe: Recipe,
-    source: Path,
-    template: Path | None,
-) -> float:
-    """Bits of a weight of the linears to prune that leave room for all else in ``size`` bytes. Raises RecipeError if no
-    form is that small."""
-    assert chain.reader is not None
-    sizes = sizes_of(chain, recipe)
-    weights = sum(size.weights for size in sizes)
-    least = least_bytes(program, [size.shape for size in sizes])
-    names = {size.name for size in sizes}
-    linears = set()
+def _keys(chain: Chain, recipe: Recipe) -> set[str]:
+    """The tensors of the linears to prune."""
+    names = {size.name for size in sizes_of(chain, recipe)}
+    keys = set()
     for index in range(len(chain)):
         for linear in chain.linears(index):
             if linear.name in names:
-                linears.add(chain.key_of[linear.weight_name])
+                keys.add(chain.key_of[linear.weight_name])
+    return keys
+
+
+def _other_bytes_of_gguf(
+    chain: Chain, linears: set[str], template: Path | None, metadata: int
+) -> int:
+    """Bytes of a GGUF file but for the linears to prune."""
+    assert chain.reader is not None
     if template is not None:
-        others = other_bytes(Template(template), chain.reader, linears, HEAD_OF_GGUF)
-    else:
-        others = REPORT_BYTES + RECORD_BYTES * len(linears)
-        others += sum(file.stat().st_size for file in companions_of(source))
-        for key in chain.reader:
-            if key not in linears:
-                others += chain.reader.bytes_of(key)
-        if program == "sparsellm":
-            others -= head_bytes(chain, "keep") - head_bytes(chain, "int8")
+        return other_bytes(Template(template), chain.reader, linears, HEAD_OF_GGUF)
+    heads = {key for _, key in heads_of(chain)}
+    return expected_bytes(metadata, chain.reader, linears, heads, HEAD_OF_GGUF)
+
+
+def _other_bytes(
+    program: ProgramName, chain: Chain, linears: set[str], source: Path
+) -> int:
+    """Bytes of a directory but for the linears to prune."""
+    assert chain.reader is not None
+    others = REPORT_BYTES + RECORD_BYTES * len(linears)
+    others += sum(file.stat().st_size for file in companions_of(source))
+    for key in chain.reader:
+        if key not in linears:
+            others += chain.reader.bytes_of(key)
+    if program == "sparsellm":
+        others -= head_bytes(chain, "keep") - head_bytes(chain, "int8")
+    return others
+
+
+def _bits_within(
+    size: int, program: ProgramName, chain: Chain, recipe: Recipe, others: int
+) -> float:
+    """Bits of a weight of the linears to prune that leave room for all else, ``others``, in ``size`` bytes. Raises
+    RecipeError if no form is that small."""
+    sizes = sizes_of(chain, recipe)
+    weights = sum(size.weights for size in sizes)
+    least = least_bytes(program, [size.shape for size in sizes])
     if others + least > size:
         raise RecipeError(
             f"size {_mb(size)} is too small for {program}: at least {_mb(others + least)} are possible, of which "

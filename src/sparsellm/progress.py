@@ -27,6 +27,7 @@ PHASES = {  # names of phases, and of parts of them, for people
     "fetch": "fetch the model",
     "bench": "measure speed",
     "sweep": "sweep the whole model",
+    "evaluate": "measure on held-out text",
     "save": "save the checkpoint",
     "dense": "run the dense model",
     "prune/permutation": "order channels",

@@ -245,6 +245,21 @@ class Prediction(Record):
     notes: list[str] = []  # what does not fit
 
 
+class HeldOut(Record):
+    """A run's result against the dense model, on windows of a text that no run calibrates on."""
+
+    text: str  # name of the source
+    window: Count  # tokens
+    windows: Count
+    perplexity: float
+    dense_perplexity: float
+    kl: float  # KL(dense ‖ pruned) in nats, the mean over the scored tokens
+    agreement: float  # fraction of tokens for which both have the same first choice
+
+    def __str__(self) -> str:
+        return f"{self.text}, {self.windows} windows of {self.window}"
+
+
 class ExpertsOfBlock(Record):
     """The experts of a mixture, with its output's relative error before and after the refit of those that stay."""
 
@@ -303,6 +318,7 @@ class RunRecord(Record):
     warnings: list[str] = []
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
+    held_out: HeldOut | None = None  # None without a tokenizer, or with a warning
     # a record for each mixture, if experts were removed
     experts: list[ExpertsOfBlock] = []
     identity: Settings = {}  # everything that the bits of the result depend on

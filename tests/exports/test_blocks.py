@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sparsellm.exports.blocks import block_type, quantised, to_blocks
+from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS, Grid, grid_for
 
 
@@ -68,6 +70,16 @@ def test_blocks_have_minima(name: str) -> None:
     scales = [part.repeat_interleave(grid.group, dim=1) for part in lines.unbind(2)]
     exact = codes.float() * scales[0] + scales[1]
     assert torch.equal(torch.from_numpy(read), exact)
+
+
+def test_the_reference_finds_every_block_of_q4_0_again() -> None:
+    """The reference takes the largest magnitude for -8, which is where our scales stand."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(19_999, 32, generator=generator) * 0.05
+    values = on_grid(weight, "q4_0", torch.float32).numpy()
+    kind = gguf.GGMLQuantizationType.Q4_0
+    again = gguf.dequantize(gguf.quantize(values, kind), kind)
+    assert np.array_equal(again, values)
 
 
 def test_q6_k_keeps_numbers_that_it_has_and_is_near_others() -> None:

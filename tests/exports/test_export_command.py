@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 import sparsellm
+from sparsellm.exports import template
 from sparsellm.files.results import read_results
 from sparsellm.report.charts import megabytes
 from tests.exports.checkpoints import pruned, wide_llama
 from tests.killing import full_disk
-from tests.models.in_gguf import write_gguf
+from tests.models import converter
 
 
 def test_export_says_what_zeros_cost_and_is_named_from_then_on(
     tmp_path: Path, run: Any
 ) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
-    write_gguf(wide_llama(), tmp_path / "like.gguf")
     out = tmp_path / "small model.gguf"
     line = (
         "export",
@@ -29,8 +29,8 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(
         "gguf",
         "--out",
         out,
-        "--like",
-        tmp_path / "like.gguf",
+        "--converter",
+        converter.__file__,
     )
     _, stdout, stderr = run(*line, exits=0)
     assert "gguf stores the 50% of zeros like other values" in stderr
@@ -72,15 +72,14 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(
 
 @pytest.mark.parametrize("to", ["gguf", "compressed-tensors"])
 def test_a_second_start_ends_an_export_on_a_full_disk(
-    tmp_path: Path, run: Any, to: str
+    tmp_path: Path, run: Any, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is full at every place in turn; the record in the pruned checkpoint is there once."""
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w4a16-32")
-    like = (
-        ("--like", write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf"))
-        if to == "gguf"
-        else ()
-    )
+    like: tuple[object, ...] = ()
+    if to == "gguf":
+        like = ("--converter", converter.__file__)
+        monkeypatch.setattr(template, "_convert", converter.called)
     after, code = 0, 2
     while code == 2:
         after += 1

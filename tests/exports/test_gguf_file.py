@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,36 +13,38 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
+from sparsellm.exports import template
 from sparsellm.exports.gguf_file import _remove_torn
-from sparsellm.exports.template import Template, orders_of
+from sparsellm.exports.template import row_order
 from sparsellm.files.contents import write_list
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.writer import write_shard
 from sparsellm.records import read_pruning
 from tests.exports.checkpoints import IDS, mixtral, pruned, wide_llama
-from tests.models import save_tiny, tiny_tokenizer
+from tests.models import converter, save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
 from tests.report.pages import rewrite
 
 OUTSIDE = ("token_embd.weight", "output.weight")  # embedding and head
 
 
-def exported(
-    directory: Path, like: Kind = Kind.BF16, **settings: Any
-) -> gguf.GGUFReader:
-    """The file that ``export`` writes with a template of the dense model next to the checkpoint."""
-    place = directory.parent
-    write_gguf(
-        AutoModelForCausalLM.from_pretrained(place / "dense"), place / "like.gguf", like
-    )
-    settings = {"like": place / "like.gguf", "model": place / "dense", **settings}
-    sparsellm.export(directory, to="gguf", out=place / "out.gguf", **settings)
-    return gguf.GGUFReader(place / "out.gguf")
+@pytest.fixture(autouse=True)
+def converter_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "_convert", converter.called)
+
+
+def exported(directory: Path, **settings: Any) -> gguf.GGUFReader:
+    """The file that ``export`` writes next to a checkpoint."""
+    out = directory.parent / "out.gguf"
+    settings = {"converter": converter.__file__, **settings}
+    sparsellm.export(directory, to="gguf", out=out, **settings)
+    return gguf.GGUFReader(out)
 
 
 def tensors(file: gguf.GGUFReader) -> dict[str, np.ndarray]:
@@ -67,21 +70,21 @@ def assert_is(
 
 
 @pytest.mark.parametrize(
-    ("make", "grid", "like"),
+    ("make", "grid"),
     [
-        (wide_llama, "q4_0", Kind.BF16),
-        (lambda: wide_llama().float(), "q8_0", Kind.F32),
-        (lambda: wide_llama(tie_word_embeddings=True), "w4a16-32", Kind.BF16),
-        (mixtral, "q8_0", Kind.BF16),
-        (mixtral, "q4_0", Kind.F32),
+        (wide_llama, "q4_0"),
+        (lambda: wide_llama().float(), "q8_0"),
+        (lambda: wide_llama().half(), "q4_0"),
+        (lambda: wide_llama(tie_word_embeddings=True), "w4a16-32"),
+        (mixtral, "q8_0"),
     ],
-    ids=["llama", "fp32", "tied", "mixtral", "mixtral-q4_0"],
+    ids=["llama", "fp32", "fp16", "tied", "mixtral"],
 )
 def test_every_tensor_is_that_of_the_checkpoint(
-    tmp_path: Path, make: Any, grid: str, like: Kind
+    tmp_path: Path, make: Any, grid: str
 ) -> None:
     directory = pruned(make(), tmp_path, grid, effort=1)  # so that norms change too
-    file = exported(directory, like)
+    file = exported(directory)
     assert_is(file, directory)
     types = {
         tensor.tensor_type
@@ -91,32 +94,75 @@ def test_every_tensor_is_that_of_the_checkpoint(
     assert types == {Kind.Q8_0 if grid == "q8_0" else Kind.Q4_0}
 
 
-@pytest.mark.parametrize("like", [Kind.F16, Kind.F32])
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_a_file_finer_than_bfloat16_is_pruned_and_exported(
+@pytest.mark.parametrize(
+    ("like", "dtype"),
+    [
+        (Kind.BF16, "auto"),
+        (Kind.F16, "auto"),
+        (Kind.F32, "auto"),
+        (Kind.F32, "float32"),
+    ],
+)
+def test_a_file_that_was_pruned_is_its_own_template(
     like: Kind, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The template is converted as the model that was pruned, and rows are found although weights were rounded."""
-    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    """Also where weights were rounded when it was converted, and where norms and other linears were trained."""
+    directory, source = pruned_file(tmp_path, monkeypatch, like, dtype=dtype)
+    assert_is(exported(directory, converter=None, like=source), directory)
+    train(directory)
+    file = exported(directory, converter=None, like=source, overwrite=True)
+    assert_is(file, directory)
+
+
+def train(directory: Path) -> None:
+    """Changes a norm and a linear of a checkpoint that were not pruned."""
+    for key in ("input_layernorm", "self_attn.k_proj"):
+        change(directory, f"model.layers.0.{key}.weight", lambda weight: weight * 1.25)
+
+
+def change(directory: Path, key: str, by: Callable[[Tensor], Tensor]) -> None:
+    """Changes a tensor of a checkpoint."""
+    reader = CheckpointReader(directory)
+    shard = reader.file_of(key)
+    held = {name: reader.get(name) for name in reader if reader.file_of(name) == shard}
+    held[key] = by(held[key])
+    with shard.open("wb") as file:
+        write_shard(file, held)
+    write_list(directory, {})
+
+
+def pruned_file(
+    place: Path, monkeypatch: pytest.MonkeyPatch, like: Kind, **settings: Any
+) -> tuple[Path, Path]:
+    """The checkpoint of a run on a GGUF file, in which k is not pruned, and that file."""
+    monkeypatch.setenv("SPARSELLM_CACHE", str(place / "cache"))
     model = wide_llama().float()
     for parameter in model.parameters():
         parameter.data *= 1.001
-    source = write_gguf(model, tmp_path / "like.gguf", like)
+    source = write_gguf(model, place / "like.gguf", like)
     recipe = Recipe(
-        method="magnitude",
         sparsity=0.5,
         grid="q4_0",
         samples=4,
         seq_len=32,
-        dtype=dtype,
+        effort=0,
+        exclude=["*.k_proj"],
+        **settings,
     )
-    directory = sparsellm.prune(
-        source, recipe, out=tmp_path / "pruned", calibration=IDS
-    ).path
-    assert directory is not None
-    out = tmp_path / "out.gguf"
-    sparsellm.export(directory, to="gguf", out=out, like=source)
-    assert_is(gguf.GGUFReader(out), directory)
+    result = sparsellm.prune(source, recipe, out=place / "pruned", calibration=IDS)
+    assert result.path is not None
+    return result.path, source
+
+
+def test_a_trained_matrix_needs_a_template_that_is_not_quantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, source = pruned_file(tmp_path, monkeypatch, Kind.Q8_0)
+    train(directory)
+    said = r"attn_k\.weight in Q8_0, and it was trained; give llama\.cpp's convert_hf_to_gguf\.py"
+    with pytest.raises(ModelError, match=said):
+        exported(directory, converter=None, like=source)
+    assert_is(exported(directory), directory)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +188,7 @@ def test_linears_of_many_types_are_those_of_the_checkpoint(
     assert any(said in warning for warning in warnings) is (grid in narrow)
 
 
-def test_a_bias_of_zeros_goes_where_the_rows_of_its_weight_go(tmp_path: Path) -> None:
+def test_biases_are_in_the_order_of_the_converter(tmp_path: Path) -> None:
     model = wide_llama(attention_bias=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -156,13 +202,19 @@ def test_a_bias_of_zeros_goes_where_the_rows_of_its_weight_go(tmp_path: Path) ->
     )
 
 
-def test_a_quantised_template_keeps_its_embedding_and_head(tmp_path: Path) -> None:
-    directory = pruned(wide_llama(), tmp_path, "q4_0")
-    file = exported(directory, Kind.Q8_0)
+def test_a_quantised_file_keeps_its_embedding_and_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    source = write_gguf(wide_llama(), tmp_path / "like.gguf", Kind.Q8_0)
+    recipe = Recipe(grid="q4_0", samples=4, seq_len=32, effort=0)
+    directory = sparsellm.prune(
+        source, recipe, out=tmp_path / "pruned", calibration=IDS
+    ).path
+    assert directory is not None
+    file = exported(directory, converter=None, like=source)
     assert_is(file, directory, but=OUTSIDE)
-    like = {
-        entry.name: entry for entry in gguf.GGUFReader(tmp_path / "like.gguf").tensors
-    }
+    like = {entry.name: entry for entry in gguf.GGUFReader(source).tensors}
     for tensor in file.tensors:
         if tensor.name in OUTSIDE:
             assert tensor.tensor_type == Kind.Q8_0
@@ -218,14 +270,6 @@ def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
     assert not (tmp_path / "narrow" / "out.gguf").exists()
 
 
-def test_a_template_can_show_its_own_order_of_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
-    directory = pruned(wide_llama(), tmp_path, "q4_0", effort=1)
-    assert_is(exported(directory, model=None), directory)
-
-
 def test_keys_are_copied_and_those_of_the_file_are_new(tmp_path: Path) -> None:
     file = exported(pruned(wide_llama(), tmp_path, "q8_0"))
     keys = {
@@ -233,7 +277,7 @@ def test_keys_are_copied_and_those_of_the_file_are_new(tmp_path: Path) -> None:
         for name, field in file.fields.items()
         if not name.startswith("GGUF.")
     }
-    like = Template(tmp_path / "like.gguf").reader.fields
+    like = gguf.GGUFReader(write_gguf(wide_llama(), tmp_path / "like.gguf")).fields
     same = {
         name: field.contents()
         for name, field in like.items()
@@ -248,25 +292,27 @@ def test_keys_are_copied_and_those_of_the_file_are_new(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "out.gguf").read_bytes()
 
 
-def test_rows_of_heads_are_found_in_each_known_order() -> None:
-    heads, groups, size = 4, 2, 3
-    orders = [
-        order.tolist()
-        for order in orders_of((heads + 2 * groups) * size, heads, [groups, heads])
-    ]
-    # Falcon: q, q, k, v
-    blocks = np.arange((heads + 2 * groups) * size).reshape(
-        groups, heads // groups + 2, size
-    )
-    assert (
-        np.concatenate(
-            [blocks[:, :2].ravel(), blocks[:, 2].ravel(), blocks[:, 3].ravel()]
-        ).tolist()
-        in orders
-    )
-    assert list(range(24)) in orders
-    assert np.arange(24).reshape(2, 2, 6).swapaxes(1, 2).ravel().tolist() in orders
-    assert len(orders) == len({tuple(order) for order in orders})
+def test_rows_are_found_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(40, 8, generator=generator).bfloat16()
+    order = torch.randperm(40, generator=generator)
+    now = torch.randn(40, 8, generator=generator)
+    found = row_order(before[order], before, now)
+    assert found is not None
+    assert torch.equal(found, order)
+    assert row_order(before[order] * 2, before, now) is None
+
+
+def test_equal_rows_have_an_order_only_if_they_became_equal_rows() -> None:
+    before = torch.tensor([[0.0], [1.0], [0.0], [2.0]])
+    there = torch.tensor([[2.0], [0.0], [0.0], [1.0]])
+    now = torch.tensor([[5.0], [6.0], [5.0], [7.0]])
+    found = row_order(there, before, now)
+    assert found is not None
+    assert now[found].tolist() == [[7.0], [5.0], [5.0], [6.0]]
+    assert row_order(there, before, torch.arange(4.0)[:, None]) is None
+    # one row of the template that is there twice takes the place of another
+    assert row_order(torch.tensor([[2.0], [0.0], [1.0], [1.0]]), before, now) is None
 
 
 def other(place: Path, **changes: int) -> Path:
@@ -308,17 +354,17 @@ def pipe(place: Path) -> Path:
     [
         (
             partial(other, seed=1),
-            r"is of another model: it has token_embd.weight other than model.embed_tokens.weight",
+            r"was not pruned from .*other\.gguf, which has another model.embed_tokens.weight",
         ),
         (split, r"is one of several files; join them with llama-gguf-split --merge"),
         (damaged, r"cut\.gguf cannot be converted: .*cut short"),
         (
             partial(other, num_hidden_layers=1),
-            r"is of another model: it has no tensor for model\.layers\.1\.",
+            r"another set of tensors \(model\.layers\.1\.",
         ),
         (
             partial(other, num_hidden_layers=3),
-            r"other\.gguf is of another model: it has 3 blocks, not 2; give the",
+            r"another set of tensors \(model\.layers\.2\.\S+\); give the \.gguf file",
         ),
         (lambda place: place / "none.gguf", r"none\.gguf' is not a readable GGUF file"),
         (lambda place: place, r"ready0' is not a readable GGUF file: .*directory"),
@@ -326,31 +372,31 @@ def pipe(place: Path) -> Path:
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(
-    ready: Path, tmp_path: Path, like: Any, said: str
+    ready: Path,
+    tmp_path: Path,
+    like: Any,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    template, model = like(ready.parent), ready.parent / "dense"
+    monkeypatch.setenv("SPARSELLM_CACHE", str(ready.parent / "cache"))
+    file = like(ready.parent)
     with pytest.raises(ModelError, match=said):
-        sparsellm.export(
-            ready, to="gguf", out=tmp_path / "out.gguf", like=template, model=model
-        )
+        sparsellm.export(ready, to="gguf", out=tmp_path / "out.gguf", like=file)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_template_or_a_dense_model_the_option_is_named(
+def test_a_place_or_a_template_that_cannot_be_is_refused(
     ready: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=r"'dense' as a template: .* with --like"):
-        sparsellm.export(ready, to="gguf", out=tmp_path / "out.gguf")
+    out = tmp_path / "out.gguf"
+    settings: dict[str, Any] = {"converter": converter.__file__}
+    with pytest.raises(RecipeError, match=r"with --converter.*git clone .*with --like"):
+        sparsellm.export(ready, to="gguf", out=out)
+    with pytest.raises(RecipeError, match=r"both make a template"):
+        sparsellm.export(ready, to="gguf", out=out, like="a.gguf", **settings)
+    with pytest.raises(RecipeError, match=r"none\.py' is not a file; give the path of"):
+        sparsellm.export(ready, to="gguf", out=out, converter="none.py")
     like = ready.parent / "like.gguf"
-    dense = save_tiny(wide_llama(seed=1), tiny_tokenizer(), tmp_path / "other")
-    with pytest.raises(ModelError, match="with --model"):
-        sparsellm.export(
-            ready, to="gguf", out=tmp_path / "out.gguf", like=like, model=dense
-        )
-    out, settings = (
-        tmp_path / "out.gguf",
-        {"like": like, "model": ready.parent / "dense"},
-    )
     sparsellm.export(ready, to="gguf", out=out, **settings)
     with pytest.raises(StorageError, match="--overwrite"):
         sparsellm.export(ready, to="gguf", out=out, **settings)
@@ -368,7 +414,7 @@ def test_without_a_template_or_a_dense_model_the_option_is_named(
                 ready, to="gguf", out=tmp_path / name, overwrite=True, **settings
             )
     with pytest.raises(StorageError, match="is the template"):
-        sparsellm.export(ready, to="gguf", out=like, overwrite=True, **settings)
+        sparsellm.export(ready, to="gguf", out=like, overwrite=True, like=like)
     with pytest.raises(StorageError, match="in the checkpoint"):
         sparsellm.export(ready, to="gguf", out=ready / "a.gguf", **settings)
 
@@ -426,15 +472,12 @@ def test_a_checkpoint_that_prune_did_not_write_is_refused(tmp_path: Path) -> Non
 
 def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
-    reader, key = CheckpointReader(directory), "model.layers.1.mlp.down_proj.weight"
-    shard = reader.file_of(key)
-    changed = {
-        name: reader.get(name) for name in reader if reader.file_of(name) == shard
-    }
-    changed[key][0, :32] = torch.linspace(0.011, 0.123, 32)
-    with shard.open("wb") as file:
-        write_shard(file, changed)
-    write_list(directory, {})
+
+    def off(weight: Tensor) -> Tensor:
+        weight[0, :32] = torch.linspace(0.011, 0.123, 32)
+        return weight
+
+    change(directory, "model.layers.1.mlp.down_proj.weight", off)
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):
         exported(directory)
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):
@@ -442,7 +485,6 @@ def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         "dense",
         "pruned-q4_0",
-        "like.gguf",
     }
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparsellm
 from sparsellm import Recipe
 from tests.exports.checkpoints import mixtral, pruned, wide_llama
-from tests.models.in_gguf import write_gguf
+from tests.models import converter
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="pip install llama-cpp-python, which is compiled from source"
@@ -76,15 +76,11 @@ def compared(
 )
 def test_tiny_models_run_in_llama_cpp(tmp_path: Path, make: Any, grid: str) -> None:
     directory = pruned(make(), tmp_path, grid, effort=1)
-    like = write_gguf(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), tmp_path / "like.gguf"
-    )
     sparsellm.export(
         directory,
         to="gguf",
         out=tmp_path / "out.gguf",
-        like=like,
-        model=tmp_path / "dense",
+        converter=converter.__file__,
     )
     same, divergence = compared(
         in_fp32(tmp_path / "out.gguf"), directory, list(range(5, 25)), 24

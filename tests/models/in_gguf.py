@@ -83,7 +83,7 @@ def write_gguf(
     **other: Any,
 ) -> Path:
     """Writes a model and returns its path; matrices in ``kind``, norms and biases in F32. ``other`` has
-    the way in which text is split, the last token, and what is called with the writer."""
+    the way in which text is split, the last token, what is called with the writer, and whether there are weights."""
     config, tokenizer = model.config, tiny_tokenizer()
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_name("Tiny")
@@ -117,7 +117,8 @@ def write_gguf(
     writer.add_eos_token_id(1)
     writer.add_chat_template(CHAT)
     other.get("more", lambda writer: None)(writer)
-    for name, weight in in_gguf(model).items():
+    written = in_gguf(model) if other.get("weights", True) else {}
+    for name, weight in written.items():
         matrix = weight.ndim > 1
         writer.add_tensor(
             name,

@@ -115,7 +115,7 @@ def test_measurements_and_the_commands_for_those_that_are_missing(
     assert "not measured" not in shown
     assert (shown.count("wikitext2, window 64"), shown.count(dense)) == (1, 1)
     assert "auxiliary variables" not in half.source  # the method has none
-    assert opt.one("table", **{"class": "headline"}).text.count("not measured") == 4
+    assert opt.one("table", **{"class": "headline"}).text.count("not measured") == 2
     commands = opt.one(
         "pre", **{"aria-label": "Commands that measure what is missing"}
     ).text
@@ -352,13 +352,28 @@ def test_a_page_is_not_as_large_as_kinds_times_blocks(copied: Path) -> None:
     assert "2968 other kinds" in page
 
 
-def test_the_first_table_has_the_divergence_that_the_sweep_measured(
+def test_the_first_table_has_what_the_run_measured_at_its_end(
     opt: Page, runs: Path
 ) -> None:
-    pruning = json.loads((runs / "opt" / "pruning.json").read_text())
-    best = min(sweep["held_out"] for sweep in pruning["sweeps"])
-    text = opt.one("table", **{"class": "headline"}).text
-    assert f"held-out calibration windows 0 {best:.3g}" in " ".join(text.split())
+    measured = json.loads((runs / "opt" / "pruning.json").read_text())["held_out"]
+    text = " ".join(opt.one("table", **{"class": "headline"}).text.split())
+    dense = measured["dense_perplexity"]
+    pruned = measured["perplexity"]
+    assert f"{dense:.4g} {pruned:.4g} × {pruned / dense:.2f}" in text
+    assert "held-out text: pydoc, 8 windows of 32" in text
+    assert f" 0 {measured['kl']:.3g} " in text
+    assert f"100% {measured['agreement']:.1%}" in text
+
+
+def test_without_that_it_has_the_divergence_that_the_sweep_measured(
+    copied: Path,
+) -> None:
+    sweeps = [{"passes": 0, "held_out": 0.321}, {"passes": 1, "held_out": 0.123}]
+    rewrite(copied / "pruning.json", sweeps=sweeps, held_out=None)
+    (copied / "results.json").unlink()
+    page = page_of(write_report(copied))
+    text = " ".join(page.one("table", **{"class": "headline"}).text.split())
+    assert "held-out calibration windows 0 0.123" in text
 
 
 def test_a_report_says_that_a_sweep_gained_nothing(copied: Path) -> None:

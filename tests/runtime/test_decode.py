@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 import sparsellm
 from by_hand import exponents_of, packed_of
 from sparsellm.files.contents import write_list
-from sparsepack import generation, native
+from sparsepack import decode, generation, native
 from sparsepack.codes import text_of_exponents
-from sparsepack.decode import Decoder, decodes
+from sparsepack.decode import Cache, Decoder, decodes
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.module import PackedEmbedding, to_dense
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
@@ -114,16 +114,66 @@ def test_logits_are_those_of_the_model(
     # where sums differ in their order, a rounded activation may
     close = 1e-4 if activations == "fp32" else 1e-2
     decoder = Decoder(model, 16)
-    assert torch.allclose(decoder.read(ids[:, :9]), expected[8], atol=close)
+    cache = Cache(decoder, 16)
+    (logits,) = cache.read(ids[:, :9])
+    assert torch.allclose(logits, expected[8], atol=close)
     for position in range(9, 16):
-        assert torch.allclose(
-            decoder.step(int(ids[0, position]), position),
-            expected[position],
-            atol=close,
-        )
-    for token, position in ((300, 9), (-1, 9), (0, 16), (0, -1)):
+        for token in (300, -1):
+            with pytest.raises(IndexError):
+                decoder.step([token], [cache])
+        (logits,) = decoder.step([int(ids[0, position])], [cache])
+        assert torch.allclose(logits, expected[position], atol=close)
+    for caches in ([cache], [], [Cache(decoder, 2)] * 2):
         with pytest.raises(IndexError):
-            decoder.step(token, position)
+            decoder.step([0] * len(caches), caches)
+    with pytest.raises(IndexError):
+        Cache(decoder, 17)
+
+
+@kernels
+@pytest.mark.parametrize("values", ["keep", "int8", "int4"])
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+def test_sixteen_sequences_have_the_bits_of_each_alone(
+    values: str, activations: str, tmp_path: Path
+) -> None:
+    """They begin at different lengths, and have caches of different sizes."""
+    directory = packed_model(tmp_path, "Qwen2", values=values)
+    model = sparsellm.load(directory, activations=activations)
+    draws = torch.Generator().manual_seed(1)
+    ids = torch.randint(300, (16, 40), generator=draws)
+    decoder = Decoder(model, 64, sequences=16)
+
+    def begun(index: int) -> Cache:
+        cache = Cache(decoder, 32 + index)
+        list(cache.read(ids[index : index + 1, : index + 1]))
+        return cache
+
+    alone = []
+    for index in range(16):
+        cache = begun(index)
+        for place in range(20, 24):
+            logits = decoder.step([int(ids[index, place])], [cache])
+        alone.append(logits[0].clone())
+    for count in (2, 4, 5, 8, 16):
+        caches = [begun(index) for index in range(count)]
+        for place in range(20, 24):
+            logits = decoder.step(ids[:count, place].tolist(), caches)
+        assert torch.equal(logits, torch.stack(alone[:count])), count
+
+
+@kernels
+def test_a_prompt_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sparsellm.load(packed_model(tmp_path))
+    ids = torch.randint(300, (1, 11), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(decode, "PIECE", 4)
+    cache = Cache(Decoder(model, 12), 12)
+    pieces = list(cache.read(ids))
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+    assert cache.length == 11
+    assert torch.allclose(torch.stack(pieces), expected[[3, 7, 10]], atol=1e-4)
 
 
 @kernels
@@ -150,13 +200,12 @@ def test_a_dense_model_is_decoded_from_its_own_weights(
         )
     # the prompt is read by the model's own forward, in its dtype
     close = 1e-4 if dtype == "float32" else 2e-2
-    assert torch.allclose(decoder.read(ids[:, :1]), expected[0], atol=close)
+    cache = Cache(decoder, 16)
+    (logits,) = cache.read(ids[:, :1])
+    assert torch.allclose(logits, expected[0], atol=close)
     for position in range(1, 16):
-        assert torch.allclose(
-            decoder.step(int(ids[0, position]), position),
-            expected[position],
-            atol=close,
-        )
+        (logits,) = decoder.step([int(ids[0, position])], [cache])
+        assert torch.allclose(logits, expected[position], atol=close)
 
 
 @kernels
@@ -166,9 +215,10 @@ def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
         model.model.embed_tokens.weight[:6].clone()
     )
     decoder = Decoder(model, 4)
-    decoder.read(torch.tensor([[5]]))
+    cache = Cache(decoder, 4)
+    list(cache.read(torch.tensor([[5]])))
     with pytest.raises(IndexError, match="token 6 of 6 at position 1 of 4"):
-        decoder.step(6, 1)
+        decoder.step([6], [cache])
 
 
 @kernels

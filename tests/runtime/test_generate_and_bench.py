@@ -35,7 +35,8 @@ from sparsepack.bench import (
 )
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, SettingError
-from sparsepack.generation import _Text, generate
+from sparsepack.generation import generate
+from sparsepack.streaming import StreamedText
 from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -79,7 +80,7 @@ def test_the_space_before_the_first_word_is_kept() -> None:
         [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer, pieces = PreTrainedTokenizerFast(tokenizer_object=words), list[str]()
-    text = _Text(tokenizer, [], pieces.append, lambda: False)
+    text = StreamedText(tokenizer, [], pieces.append, lambda: False)
     for ids in ([[0]], [1], [2], [1]):
         text.put(torch.tensor(ids))
     text.end()
@@ -90,7 +91,7 @@ def test_the_space_before_the_first_word_is_kept() -> None:
         == "Once thes the"
     )
     assert text.ids == [1, 2, 1]
-    stopped = _Text(tokenizer, [" the"], None, lambda: False)
+    stopped = StreamedText(tokenizer, [" the"], None, lambda: False)
     for ids in ([[0]], [1]):
         stopped.put(torch.tensor(ids))
     assert (stopped.text, stopped.over) == ("", "stop")
@@ -104,14 +105,14 @@ def test_a_prompt_that_is_cut_within_a_character_spoils_none() -> None:
         )
     )
     characters.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    text = _Text(
+    text = StreamedText(
         PreTrainedTokenizerFast(tokenizer_object=characters), [], None, lambda: False
     )
     ids = [*"\u6f22\u5b57\u6f22\u5b57".encode()]
     for some in (ids[:9], *([byte] for byte in ids[9:])):
         text.put(torch.tensor(some))
     assert text.text == "\u5b57"
-    text = _Text(
+    text = StreamedText(
         PreTrainedTokenizerFast(tokenizer_object=characters), [], None, lambda: False
     )
     for token in ids[:4]:  # a prompt of half a character

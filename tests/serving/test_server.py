@@ -25,6 +25,7 @@ from openai import OpenAI
 
 from sparsellm.serving.server import ServerSettings, open_door
 from sparsellm.serving.worker import Job, UnavailableError, Worker
+from sparsepack.decode import PIECE
 from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
@@ -37,6 +38,7 @@ TEMPLATED = f"user: {PROMPT}\nassistant:"
 HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 OPEN = "accepts requests from other machines, which needs a key; set SPARSELLM_API_KEY"
 LONG = 8000  # tokens: seconds in which something can happen
+AT_ONCE = 16  # answers
 
 
 @contextmanager
@@ -207,19 +209,24 @@ def wait_until(done: Any) -> None:
     raise AssertionError("it did not happen within half a minute")
 
 
-def test_a_disconnect_ends_generation_and_frees_the_queue(
+def test_a_disconnect_ends_generation_and_frees_its_place(
     url: str, client: OpenAI, greedy: Any
 ) -> None:
+    """Sixteen answers are made and one request waits; one more is refused, until a client goes away."""
     before = health(url)
-    stream = client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=LONG, stream=True
-    )
-    next(iter(stream))
+    streams = []
+    for _ in range(AT_ONCE):
+        stream = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=1900, stream=True
+        )
+        next(iter(stream))
+        streams.append(stream)
     with ThreadPoolExecutor(1) as others:
         waiting = others.submit(
             client.completions.create, model="tiny", prompt=PROMPT, max_tokens=8
         )
         wait_until(lambda: health(url)["waiting"] == 1)
+        assert health(url)["running"] == AT_ONCE
         with pytest.raises(
             openai.InternalServerError, match="and 1 requests wait"
         ) as refused:
@@ -228,17 +235,76 @@ def test_a_disconnect_ends_generation_and_frees_the_queue(
             refused.value.status_code,
             refused.value.response.headers["Retry-After"],
         ) == (503, "1")
-        stream.close()
+        streams[3].close()
         assert waiting.result().choices[0].text == greedy(PROMPT, 8)
+    for stream in streams:
+        stream.close()
+    wait_until(lambda: health(url)["running"] == 0)
     after = health(url)
-    assert after["cancelled"] == before["cancelled"] + 1
-    assert after["tokens"] - before["tokens"] < LONG
+    assert after["cancelled"] == before["cancelled"] + AT_ONCE
+    assert after["tokens"] - before["tokens"] < AT_ONCE * 1900
     with pytest.raises(openai.APITimeoutError):  # the client of a whole answer goes too
         client.with_options(timeout=0.3).completions.create(
             model="tiny", prompt=PROMPT, max_tokens=LONG
         )
-    wait_until(lambda: health(url)["cancelled"] == before["cancelled"] + 2)
+    wait_until(lambda: health(url)["cancelled"] == after["cancelled"] + 1)
     assert health(url)["running"] == 0
+
+
+def test_twelve_clients_get_what_each_gets_alone(model: Any, client: OpenAI) -> None:
+    """Greedy and seeded answers, of different lengths and prompts, some longer than a piece."""
+
+    def alone(index: int) -> str:
+        ids = tiny_tokenizer()(prompts[index], return_tensors="pt")["input_ids"]
+        return continuation(model, tiny_tokenizer(), ids, Sampling(**asked[index])).text
+
+    def answered(index: int) -> str:
+        how = dict(asked[index])
+        tokens = how.pop("max_new_tokens")
+        answer = client.completions.create(
+            model="tiny", prompt=prompts[index], max_tokens=tokens, **how
+        )
+        return answer.choices[0].text
+
+    prompts = [f"{PROMPT} {index} " * (1 + 20 * (index % 3)) for index in range(12)]
+    asked: list[dict[str, Any]] = []
+    for index in range(12):
+        how: dict[str, Any] = {"max_new_tokens": 20 + 7 * index, "temperature": 0.0}
+        if index % 2:
+            how |= {"temperature": 1.2, "top_p": 0.9, "seed": index}
+        asked.append(how)
+    longest = tiny_tokenizer()(prompts[2])["input_ids"]
+    assert len(longest) > PIECE
+    with ThreadPoolExecutor(12) as clients:
+        answers = list(clients.map(answered, range(12)))
+    assert answers == [alone(index) for index in range(12)]
+
+
+def test_answers_share_the_room_of_four_contexts(model: Any) -> None:
+    """A job without room waits; a shorter one does not overtake it."""
+
+    async def run() -> None:
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=64,
+            max_tokens=64,
+            queue=20,
+            log=lambda _: None,
+        )
+        jobs = [Job(prompt_ids, Sampling(), None) for _ in range(6)]
+        for job in jobs:
+            worker.submit(job)
+        await jobs[0].event()
+        state = worker.state()
+        assert (state["running"], state["waiting"]) == (4, 2)
+        for job in jobs:
+            while isinstance(await job.event(), str):
+                pass
+        assert worker.state()["requests"] == 6
+        worker.stop(0)
+
+    asyncio.run(run())
 
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
@@ -393,7 +459,7 @@ def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> 
     assert "".join(piece.choices[0].text for piece in pieces) == expected
 
 
-def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
+def test_a_stop_cancels_what_runs_and_refuses_what_comes(model: Any) -> None:
     async def run() -> None:
         worker = Worker(
             model,
@@ -407,17 +473,17 @@ def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
         worker.submit(first)
         await first.event()
         worker.submit(second)
+        await second.event()
         with pytest.raises(SettingError, match="max_tokens is 9000"):
             worker.submit(Job(prompt_ids, Sampling(), 9000))
         worker.stop(0)
-        with pytest.raises(UnavailableError, match="stopping"):
-            await second.event()
-        with pytest.raises(UnavailableError, match="stopping"):
-            [await first.event() for _ in range(LONG)]
+        for job in (first, second):
+            with pytest.raises(UnavailableError, match="stopping"):
+                [await job.event() for _ in range(LONG)]
         with pytest.raises(UnavailableError, match="stopping"):
             worker.submit(late)
         assert await asyncio.to_thread(worker.ended, 30)
-        assert worker.state()["cancelled"] == 1
+        assert worker.state()["cancelled"] == 2
 
     asyncio.run(run())
 

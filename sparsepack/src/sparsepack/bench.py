@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsepack.arguments import MOST, check, check_counts
 from sparsepack.checkpoint import is_packed
-from sparsepack.decode import Decoder, decodes
+from sparsepack.decode import Cache, Decoder, decodes
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.files import config_difference, context_limit, weight_files
 from sparsepack.generation import MOST_THREADS, with_config
@@ -451,12 +451,14 @@ def one_run(
         vocabulary, (batch, prompt_tokens), generator=generator, device="cpu"
     ).to(model.device)
     if compiled and batch == 1 and decodes(model):
-        decoder = Decoder(model, prompt_tokens + new_tokens)
+        positions = prompt_tokens + new_tokens
+        decoder = Decoder(model, positions)
+        cache = Cache(decoder, positions)
         start = clock()
-        logits = decoder.read(ids)
+        *_, logits = cache.read(ids)
         read = clock()
-        for position in range(prompt_tokens, prompt_tokens + new_tokens):
-            logits = decoder.step(int(logits.argmax()), position)
+        for _ in range(new_tokens):
+            logits = decoder.step([int(logits.argmax())], [cache])
         return read - start, clock() - read
     calls = itertools.count()
     times: list[float] = []

@@ -1,6 +1,7 @@
-"""Decodes one token at a time with a model, packed or dense, in one call of the extension for each.
+"""Decodes a token of each of up to sixteen sequences with a model, packed or dense, in one call of the extension.
 
-The cache of keys and values has a fixed size, and no Python runs between layers.
+A sequence has a cache of keys and values of its own, of a fixed size, and no Python runs between layers. The bits of a
+sequence are those that it has alone.
 
 Only decoders of the Llama kind (Llama, Mistral without a window, Qwen2) are known to the extension, and only with
 transformers' own modules, unchanged. Everything else is decoded by transformers. Sums, norms and attention are fp32,
@@ -10,6 +11,7 @@ whatever the dtype of the model.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from sparsepack.layout import PackedWeight
 from sparsepack.masks import to_bits
 from sparsepack.module import PackedLinear, kernel_name
 
+PIECE = 256  # tokens of a prompt that are read at once, while other sequences wait
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 # angles that do not change with the length of the text
 _ROPES = (
@@ -131,18 +134,21 @@ def _head_size(config: Any) -> int:
 
 
 class Decoder:
-    """Decodes one sequence with a model for which :func:`decodes` is true.
+    """Decodes sequences with a model for which :func:`decodes` is true.
 
     Args:
         model: is read, and must stay as it is while this object lives.
-        capacity: tokens of the prompt and of the continuation.
+        positions: the most tokens of a sequence, prompt and continuation.
+        sequences: the most that are decoded in one step, 1 to 16.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, positions: int, *, sequences: int = 1
+    ) -> None:
         config = model.config
         inside = model.model
-        self._model = model
-        self._capacity = capacity
+        self.model = model
+        self.positions = positions
         self._kept: list[Tensor] = []  # tensors whose addresses are in the plan
         size = _head_size(config)
         heads = config.num_attention_heads
@@ -152,64 +158,57 @@ class Decoder:
             config.intermediate_size,
             *(layer.mlp.gate_proj.out_features for layer in inside.layers),
         )
-        positions = torch.arange(capacity).unsqueeze(0)
         angles = inside.rotary_emb(
-            torch.zeros(1, 1, hidden, dtype=torch.float32), positions
+            torch.zeros(1, 1, hidden, dtype=torch.float32),
+            torch.arange(positions).unsqueeze(0),
         )
+        self.cached = (len(inside.layers), 2, kv_heads, size)  # of a position
         # The extension writes fp32, whatever torch's default. Pages that nothing is written to take no memory.
-        self._cache = torch.empty(
-            len(inside.layers), 2, kv_heads, capacity, size, dtype=torch.float32
-        )
-        work = torch.empty(
-            3 * hidden + 2 * heads * size + 2 * inner + heads * capacity,
-            dtype=torch.float32,
-        )
-        self.logits = torch.empty(config.vocab_size, dtype=torch.float32)
+        row = 3 * hidden + 2 * heads * size + 2 * inner + heads * positions
+        work = torch.empty(sequences * row, dtype=torch.float32)
+        self._logits = torch.empty(sequences, config.vocab_size, dtype=torch.float32)
         settings = torch.tensor(
             [config.rms_norm_eps, inside.layers[0].self_attn.scaling],
             dtype=torch.float32,
         )
-        plan = [len(inside.layers), hidden, heads, kv_heads, size, inner, capacity]
+        plan = [len(inside.layers), hidden, heads, kv_heads, size, inner, positions]
         plan += [self._address(tensor[0]) for tensor in angles]
-        plan += [self._address(settings), self._address(work), self.logits.data_ptr()]
+        plan += [self._address(settings), self._address(work), self._logits.data_ptr()]
         plan.append(self._address(inside.norm.weight))
         embedding = self._linear(inside.embed_tokens)
         # a caller may have taken rows off the embedding
         self._tokens = min(embedding[1], config.vocab_size)
         plan += embedding + self._linear(model.lm_head)
-        for index, layer in enumerate(inside.layers):
+        for layer in inside.layers:
             plan += [
                 self._address(layer.input_layernorm.weight),
                 self._address(layer.post_attention_layernorm.weight),
             ]
-            plan += [self._cache[index, 0].data_ptr(), self._cache[index, 1].data_ptr()]
             for name in (*_LINEARS, *_FEED_FORWARD):
                 plan += self._linear(layer.get_submodule(name))
         self._plan = torch.tensor(plan, dtype=torch.int64)
 
-    @torch.no_grad()
-    def read(self, ids: Tensor) -> Tensor:
-        """Reads a prompt ``(1, tokens)`` by the model's own forward; the logits ``(vocabulary,)`` after it, fp32."""
-        tokens = ids.shape[1]
-        output: Any = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        cache = getattr(output, cache_keyword(self._model))
-        for index, (keys, values) in enumerate(self._cache):
-            keys[:, :tokens] = cache.layers[index].keys[0]
-            values[:, :tokens] = cache.layers[index].values[0]
-        return self.logits.copy_(output.logits[0, -1])
-
-    def step(self, token: int, position: int) -> Tensor:
-        """The logits ``(vocabulary,)`` after ``token``, fp32; they are overwritten by the next step.
+    def step(self, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
+        """The logits ``(sequences, vocabulary)`` after a token of each sequence, which its cache then holds, in fp32;
+        they are overwritten by the next step.
 
         Raises:
-            IndexError: token or position is out of range.
+            IndexError: a token is unknown, a cache is full, or there are too many sequences.
         """
-        if not 0 <= position < self._capacity or not 0 <= token < self._tokens:
-            raise IndexError(
-                f"token {token} of {self._tokens} at position {position} of {self._capacity}"
-            )
-        native.decode(self._plan, token, position)
-        return self.logits
+        if not 0 < len(caches) <= len(self._logits):
+            raise IndexError(f"{len(caches)} sequences of {len(self._logits)}")
+        steps = []
+        for token, cache in zip(tokens, caches, strict=True):
+            if not 0 <= token < self._tokens or cache.length >= cache.capacity:
+                raise IndexError(
+                    f"token {token} of {self._tokens} at position {cache.length} of {cache.capacity}"
+                )
+            steps += [token, cache.length, cache.capacity, cache.numbers.data_ptr()]
+        numbers = torch.tensor(steps, dtype=torch.int64).view(len(caches), -1)
+        native.decode(self._plan, numbers)
+        for cache in caches:
+            cache.length += 1
+        return self._logits[: len(caches)]
 
     def _address(self, tensor: Tensor) -> int:
         """Address of an fp32 copy that this object keeps alive."""
@@ -231,6 +230,47 @@ class Decoder:
             int(rounded),
             0 if bias is None else self._address(bias),
         ]
+
+
+class Cache:
+    """The keys and values of one sequence.
+
+    Attributes:
+        capacity: the most tokens, at most the decoder's positions.
+        length: the tokens that it holds.
+        numbers: ``(layers, 2, heads, capacity, size)`` in fp32; what is not written to takes no memory.
+    """
+
+    def __init__(self, decoder: Decoder, capacity: int) -> None:
+        if capacity > decoder.positions:
+            raise IndexError(f"{capacity} tokens of {decoder.positions}")
+        layers, pair, heads, size = decoder.cached
+        self._model = decoder.model
+        self.capacity = capacity
+        self.length = 0
+        self.numbers = torch.empty(
+            (layers, pair, heads, capacity, size), dtype=torch.float32
+        )
+
+    def read(self, ids: Tensor) -> Iterator[Tensor]:
+        """Reads a prompt ``(1, tokens)`` by the model's own forward, :data:`PIECE` tokens at a time. After each piece
+        come the logits ``(vocabulary,)``."""
+        keyword = cache_keyword(self._model)
+        held: dict[str, Any] = {}
+        for piece in ids.split(PIECE, dim=1):
+            with torch.no_grad():
+                output: Any = self._model(
+                    input_ids=piece, use_cache=True, logits_to_keep=1, **held
+                )
+            held[keyword] = getattr(output, keyword)
+            first = self.length
+            last = first + piece.shape[1]
+            for index, (keys, values) in enumerate(self.numbers):
+                layer = held[keyword].layers[index]
+                keys[:, first:last] = layer.keys[0, :, first:]
+                values[:, first:last] = layer.values[0, :, first:]
+            self.length = last
+            yield output.logits[0, -1].float()
 
 
 def dense_weight(weight: Tensor) -> PackedWeight:

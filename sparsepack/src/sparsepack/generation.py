@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,22 +18,21 @@ from transformers import (
 )
 from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from sparsepack.arguments import MOST, check
-from sparsepack.decode import Decoder, decodes
+from sparsepack.decode import Cache, Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, shown
 from sparsepack.files import context_limit
 from sparsepack.module import threads_set
+from sparsepack.streaming import StreamedText
 
 LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
 MOST_TEMPERATURE = 1e6
 MOST_SEED = (1 << 63) - 1
+MOST_PENALTY = 100.0  # logits are not far from it
 MOST_STOPS = 16
 LONGEST_STOP = 500  # characters
 MOST_THREADS = 1024
-MOST_TOKENS = 4  # that write a character
-CONTEXT = 8  # tokens of the prompt that the first piece of text is read after: enough to end any character
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,12 @@ class Sampling:
         temperature: 0 takes the likeliest token each time; above 0, tokens are sampled; None does what the model's
             generation config recommends, which is the likeliest token where it recommends nothing.
         top_p: the probability of the tokens that are sampled from; None for that of the generation config.
+        top_k: the number of the likeliest tokens that are sampled from, 0 for all; None as for ``top_p``.
+        min_p: the least probability of a sampled token, by the likeliest one's; None as for ``top_p``.
+        repetition_penalty: divides the positive logits of tokens that prompt or answer have, and multiplies negative
+            ones; None as for ``top_p``.
+        frequency_penalty: is taken off a token's logit for each time that the answer has it.
+        presence_penalty: is taken off the logits of all tokens that the answer has.
         seed: that of the random numbers.
         stop: the text ends before the first of these strings.
         ignore_eos: whether an end-of-text token does not end it, as a measurement of speed needs.
@@ -106,6 +111,11 @@ class Sampling:
     max_new_tokens: int = 100
     temperature: float | None = 0.0
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int = 0
     stop: Sequence[str] = ()
     ignore_eos: bool = False
@@ -116,6 +126,16 @@ class Sampling:
             _check_temperature(self.temperature)
         if self.top_p is not None:
             check("top_p", self.top_p, float, above=0, most=1)
+        if self.top_k is not None:
+            check("top_k", self.top_k, int, least=0, most=MOST)
+        if self.min_p is not None:
+            check("min_p", self.min_p, float, least=0, most=1)
+        if self.repetition_penalty is not None:
+            penalty = self.repetition_penalty
+            check("repetition_penalty", penalty, float, above=0, most=MOST_PENALTY)
+        for name in ("frequency_penalty", "presence_penalty"):
+            penalty = getattr(self, name)
+            check(name, penalty, float, least=-MOST_PENALTY, most=MOST_PENALTY)
         check("seed", self.seed, int, least=0, most=MOST_SEED)
         check("stop", self.stop, list, tuple)
         check("the number of stop strings", len(self.stop), int, most=MOST_STOPS)
@@ -187,100 +207,234 @@ def continuation(
 ) -> Generation:
     """As :func:`generate`, for a prompt of token ids ``(1, tokens)``. It ends early, after a token, once ``cancelled``
     returns true."""
-    settings = generation_settings(model, sampling)
+    answer = Answer(
+        model, tokenizer, ids, sampling, on_text=on_text, cancelled=cancelled
+    )
+    with threads_set(threads):
+        return complete(model, tokenizer, answer)
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Answer
+) -> Generation:
+    """An answer that was not begun, made to its end, with the errors of :func:`continuation`."""
+    batch = _batch(model, answer)
+    if batch is None:
+        _by_transformers(model, tokenizer, answer)
+    else:
+        while batch.answers:
+            batch.step()
+    return answer.result()
+
+
+class Answer:
+    """A continuation in the making, with the arguments and errors of :func:`continuation`.
+
+    Attributes:
+        ids: prompt and answer ``(1, tokens)``.
+        room: the most tokens of both.
+        chosen: the last token, which is not decoded yet; None until the prompt is read.
+        ended: whether nothing is left to do.
+        failed: what went wrong, which :meth:`result` raises.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: Tensor,
+        sampling: Sampling,
+        *,
+        on_text: Callable[[str], Any] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        settings = generation_settings(model, sampling)
+        _check_prompt(model, ids, sampling.max_new_tokens)
+        self.ids = ids.to(model.device)
+        self.length = ids.shape[1]
+        self.sampling = sampling
+        self.room = self.length + sampling.max_new_tokens
+        self.chosen: int | None = None
+        self.ended = False
+        self.failed: BaseException | None = None
+        self.text = StreamedText(tokenizer, sampling.stop, on_text, cancelled)
+        numbers = torch.Generator(self.ids.device).manual_seed(sampling.seed)
+        self.choices = _processors(settings, sampling, self.length, numbers=numbers)
+        self.last = settings.eos_token_id
+        self._ends = {*self.last} if isinstance(self.last, list) else {self.last}
+        self._cancelled = cancelled
+        self._threads = torch.get_num_threads()
+        self._start = time.perf_counter()
+        self._pieces: Iterator[Tensor] = iter(())
+        self.cache: Cache | None = None
+
+    def begin(self, cache: Cache | None = None) -> None:
+        """Starts the clock; with a cache, the compiled decoder reads and decodes."""
+        self._threads = torch.get_num_threads()
+        self._start = time.perf_counter()
+        self.cache = cache
+        if cache is not None:
+            self.text.put(self.ids)
+            self._pieces = cache.read(self.ids)
+
+    def read(self) -> None:
+        """Reads a piece of the prompt; after the last one a token is chosen."""
+        logits = next(self._pieces)
+        assert self.cache is not None
+        if self.cache.length == self.length:
+            self._pieces = iter(())  # which held the cache of transformers
+            self.take(logits)
+        elif self._cancelled():
+            self.text.over = "cancelled"
+            self.ended = True
+
+    def take(self, logits: Tensor) -> None:
+        """Chooses a token by the logits ``(vocabulary,)``."""
+        scores: Any = logits.unsqueeze(0)
+        token = self.choices(self.ids, scores).argmax(-1, keepdim=True)  # type: ignore[arg-type]
+        self.ids = torch.cat((self.ids, token), dim=1)
+        self.text.put(token)
+        self.chosen = int(token)
+        full = self.ids.shape[1] == self.room
+        if self.chosen in self._ends or full or self.text.over is not None:
+            self.text.end()
+            self.ended = True
+
+    def result(self) -> Generation:
+        """What was made; whatever went wrong is raised."""
+        if self.failed is not None:
+            raise self.failed
+        text = self.text
+        finish: Literal["stop", "length", "cancelled"] = "length"
+        if text.over is not None:
+            finish = text.over
+        elif text.ids[-1] in self._ends:
+            finish = "stop"
+        times = text.times or [time.perf_counter()]
+        return Generation(
+            text.text,
+            prompt_tokens=self.length,
+            new_tokens=len(text.ids),
+            prefill_seconds=times[0] - self._start,
+            decode_seconds=times[-1] - times[0],
+            threads=self._threads,
+            finish=finish,
+        )
+
+
+class Batch:
+    """Answers that the compiled decoder makes together; each is the one that it makes alone.
+
+    They join and leave between two steps."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.answers: list[Answer] = []
+
+    def join(self, answer: Answer) -> None:
+        """Begins an answer. A RuntimeError says that its cache has no memory."""
+        answer.begin(Cache(self._decoder, answer.room))
+        self.answers.append(answer)
+
+    @torch.no_grad()
+    def step(self) -> list[Answer]:
+        """Reads a piece of the first prompt that is not read, and decodes a token of all answers whose prompt is.
+
+        Returns the answers that ended, and forgets them. What goes wrong with one leaves the others as they are."""
+        ready = [answer for answer in self.answers if answer.chosen is not None]
+        for answer in self.answers:
+            if answer.chosen is None:
+                _try(answer, answer.read)
+                break
+        if ready:
+            tokens = [answer.chosen for answer in ready if answer.chosen is not None]
+            caches = [answer.cache for answer in ready if answer.cache is not None]
+            logits = self._decoder.step(tokens, caches)
+            for answer, row in zip(ready, logits, strict=True):
+                _try(answer, answer.take, row)
+        return self._ended()
+
+    def fail(self, error: BaseException) -> list[Answer]:
+        """Ends all answers by an error, and returns them."""
+        for answer in self.answers:
+            answer.failed = error
+            answer.ended = True
+        return self._ended()
+
+    def _ended(self) -> list[Answer]:
+        ended = [answer for answer in self.answers if answer.ended]
+        self.answers = [answer for answer in self.answers if not answer.ended]
+        for answer in ended:
+            answer.cache = None
+        return ended
+
+
+def _try(answer: Answer, do: Callable[..., None], *given: Tensor) -> None:
+    """Does something for an answer; a failure ends it. Tokenizers raise what is no Exception."""
+    try:
+        do(*given)
+    except BaseException as error:
+        answer.failed = error
+        answer.ended = True
+
+
+def _check_prompt(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
+    """A SettingError if the model cannot continue a prompt by so many tokens."""
     length = ids.shape[1]
     limit = context_limit(model.config)
+    size = model.config.get_text_config().vocab_size
     if length == 0:
         raise SettingError("the prompt is empty; give some text to continue")
-    if (most := int(ids.max())) >= (size := model.config.get_text_config().vocab_size):
+    most = int(ids.max())
+    if most >= size:
         raise SettingError(
             f"the prompt has token id {most}, and the model has {size} tokens; resize its embedding"
         )
-    if limit is not None and limit < length + sampling.max_new_tokens:
+    if limit is not None and limit < length + tokens:
         raise SettingError(
-            f"the prompt has {length} tokens and {sampling.max_new_tokens} are to follow; "
-            f"the model takes {limit} in all"
+            f"the prompt has {length} tokens and {tokens} are to follow; the model takes {limit} in all"
         )
-    text = _Text(tokenizer, sampling.stop, on_text, cancelled)
-
-    def ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(ids),), text.over is not None, device=ids.device)
-
-    ids = ids.to(model.device)
-    last = settings.eos_token_id
-    ends = {*last} if isinstance(last, list) else {last}
-    choices = _processors(
-        settings, torch.Generator(ids.device).manual_seed(sampling.seed)
-    )
-    padding = tokenizer.pad_token_id
-    if padding is None:
-        padding = tokenizer.eos_token_id
-    with threads_set(threads):
-        start = time.perf_counter()
-        count = torch.get_num_threads()
-        if (decoder := _decoder(model, length + sampling.max_new_tokens)) is not None:
-            _decode(decoder, ids, choices, ends, sampling.max_new_tokens, text)
-        else:  # greedily among what is chosen: its own sampling takes torch's random state, which all threads share
-            greedy = GenerationConfig(
-                do_sample=False, eos_token_id=settings.eos_token_id
-            )
-            with_config(model, greedy).generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=padding,
-                streamer=text,
-                stopping_criteria=StoppingCriteriaList([ended]),
-                logits_processor=choices,
-            )
-    finish: Literal["stop", "length", "cancelled"] = "length"
-    if text.over is not None:
-        finish = text.over
-    elif text.ids[-1] in ends:
-        finish = "stop"
-    return Generation(
-        text.text,
-        prompt_tokens=length,
-        new_tokens=len(text.ids),
-        prefill_seconds=text.times[0] - start,
-        decode_seconds=text.times[-1] - text.times[0],
-        threads=count,
-        finish=finish,
-    )
 
 
-def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
-    """None for a model that transformers decodes, or where memory lacks for all positions: its cache grows."""
+def _batch(model: PreTrainedModel, answer: Answer) -> Batch | None:
+    """A batch of one answer. None for a model that transformers decodes, or where memory lacks for all positions: its
+    cache grows."""
     if not decodes(model):
         return None
     try:
-        return Decoder(model, positions)
+        batch = Batch(Decoder(model, answer.room))
+        batch.join(answer)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
         return None
+    return batch
 
 
-def _decode(
-    decoder: Decoder,
-    ids: Tensor,
-    choices: LogitsProcessorList,
-    ends: set[int | None],
-    tokens: int,
-    text: _Text,
+def _by_transformers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Answer
 ) -> None:
-    """Decodes by the extension as transformers' ``generate`` does."""
-    text.put(ids)
-    logits = decoder.read(ids)
-    for left in range(tokens - 1, -1, -1):
-        token = choices(ids, logits.unsqueeze(0)).argmax(-1, keepdim=True)  # type: ignore[arg-type]
-        ids = torch.cat((ids, token), dim=1)
-        text.put(token)
-        if int(token) in ends or text.over:
-            break
-        if left:
-            logits = decoder.step(int(token), ids.shape[1] - 1)
-    text.end()
+    """Makes an answer greedily among what is chosen: transformers' own sampling takes torch's random state, which all
+    threads share."""
+    text = answer.text
+
+    def ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(ids),), text.over is not None, device=ids.device)
+
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = tokenizer.eos_token_id
+    answer.begin()
+    greedy = GenerationConfig(do_sample=False, eos_token_id=answer.last)
+    with_config(model, greedy).generate(  # type: ignore[operator]
+        answer.ids,
+        attention_mask=torch.ones_like(answer.ids),
+        max_new_tokens=answer.sampling.max_new_tokens,
+        pad_token_id=padding,
+        streamer=text,
+        stopping_criteria=StoppingCriteriaList([ended]),
+        logits_processor=answer.choices,
+    )
 
 
 class _Numbers(LogitsProcessor):
@@ -305,8 +459,27 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
+class _Penalties(LogitsProcessor):
+    """Takes penalties off the logits of tokens that the answer has: for each time, and once."""
+
+    def __init__(self, prompt: int, frequency: float, presence: float) -> None:
+        self._prompt = prompt
+        self._frequency = frequency
+        self._presence = presence
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        answer = input_ids[0, self._prompt :]
+        counts = torch.bincount(answer, minlength=scores.shape[1]).to(scores)
+        penalties = self._frequency * counts + self._presence * (counts > 0)
+        return scores - penalties
+
+
 def _processors(
-    settings: GenerationConfig, numbers: torch.Generator
+    settings: GenerationConfig,
+    sampling: Sampling,
+    prompt: int,
+    *,
+    numbers: torch.Generator,
 ) -> LogitsProcessorList:
     """What transformers does to logits with these settings, in its order; above temperature 0 its top_k is 50."""
     chosen = LogitsProcessorList([_Numbers()])
@@ -314,6 +487,10 @@ def _processors(
         chosen.append(
             logits_process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
         )
+    frequency = sampling.frequency_penalty
+    presence = sampling.presence_penalty
+    if frequency or presence:
+        chosen.append(_Penalties(prompt, frequency, presence))
     if settings.do_sample:
         chosen.append(logits_process.TemperatureLogitsWarper(settings.temperature))
         if settings.top_k != 0:
@@ -345,8 +522,10 @@ def generation_settings(model: PreTrainedModel, sampling: Sampling) -> Generatio
         raise FormatError(
             f"generation config of the model: {error}; correct generation_config.json, or remove it"
         ) from None
-    if sampling.top_p is not None:
-        used["top_p"] = sampling.top_p
+    for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+        asked = getattr(sampling, name)
+        if asked is not None:
+            used[name] = asked
     if sampling.ignore_eos:
         used["eos_token_id"] = None
     if temperature > 0:
@@ -403,88 +582,3 @@ def with_config(model: PreTrainedModel, config: GenerationConfig) -> PreTrainedM
     other = copy.copy(model)
     other.generation_config = config
     return other
-
-
-class _Text(BaseStreamer):
-    """The text of tokens as they come, and the time of each. A piece is given out as soon as no later token changes it:
-    its characters are complete, and no stop string can begin in it.
-
-    Attributes:
-        over: why no further token is needed; None until then."""
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        stop: Sequence[str],
-        on_text: Callable[[str], Any] | None,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-        self._stop = tuple(stop)
-        self._longest = max(map(len, stop), default=0)
-        self._on_text = on_text
-        self._cancelled = cancelled
-        # the last of the prompt, which comes first, and those that follow
-        self._tokens: list[int] = []
-        # tokens up to the last but one piece, and up to the last
-        self._before = 0
-        self._read = 0
-        self._given = 0  # characters
-        self.ids: list[int] = []
-        self.times: list[float] = []
-        self.text = ""
-        self.over: Literal["stop", "cancelled"] | None = None
-
-    def put(self, value: Tensor) -> None:
-        new = value.flatten().tolist()
-        if not self._tokens:
-            tails = [new[-CONTEXT:][start:] or new for start in range(MOST_TOKENS)]
-            # The first that begins with a whole character: byte tokens are decoded only if all of a run are characters.
-            self._tokens = next(
-                (tail for tail in tails if not self._decode(tail).startswith("\ufffd")),
-                tails[0],
-            )
-            self._read = len(self._tokens)
-            return
-        self.times.append(time.perf_counter())
-        self._tokens += new
-        self.ids += new
-        self._take()
-        if self.over is None and self._cancelled():
-            self.over = "cancelled"
-
-    def end(self) -> None:
-        self._take(last=True)
-
-    def _take(self, last: bool = False) -> None:
-        """Reads the tokens after the one piece before, whose text tells where the next one begins: some tokenizers
-        write a token in another way at the beginning of a text."""
-        if self.over == "stop":
-            return
-        known = len(self._decode(self._tokens[self._before : self._read]))
-        piece = self._decode(self._tokens[self._before :])[known:]
-        # the beginning of a character
-        if piece and (last or not piece.endswith("\ufffd")):
-            self._before = self._read
-            self._read = len(self._tokens)
-            begin = max(0, len(self.text) - self._longest + 1)
-            self.text += piece
-            starts = [self.text.find(stop, begin) for stop in self._stop]
-            places = [place for place in starts if place >= 0]
-            if places:
-                self.text = self.text[: min(places)]
-                self.over = "stop"
-                last = True
-        safe = len(self.text)
-        if not last:
-            safe -= self._held()
-        if self._on_text is not None and safe > self._given:
-            self._on_text(self.text[self._given : safe])
-        self._given = max(self._given, safe)
-
-    def _held(self) -> int:
-        """The characters at the end of the text with which a stop string may begin."""
-        for size in range(min(len(self.text), self._longest - 1), 0, -1):
-            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
-                return size
-        return 0

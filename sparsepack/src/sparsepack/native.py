@@ -25,7 +25,7 @@ from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
 from sparsepack.masks import mask_stride
 
-INTERFACE = 5  # what the extension takes; its sources have the same number
+INTERFACE = 6  # what the extension takes; its sources have the same number
 MAX_TOKENS = 16  # in one call; the kernels' own limit
 
 # bf16, fp16, fp32, int8, int4 in kernels.h
@@ -110,10 +110,13 @@ def unpack_rows(
     _call(library.unpack_rows, numbers)
 
 
-def decode(plan: Tensor, token: int, position: int) -> None:
-    """Passes one token through the decoder that a plan of :mod:`sparsepack.decode` describes."""
+def decode(plan: Tensor, steps: Tensor) -> None:
+    """Passes a token of each sequence through the decoder that a plan of :mod:`sparsepack.decode` describes; ``steps
+    (sequences, 4)`` has token, position, and capacity and address of the cache, in int64."""
     library, index = _kernel(None)
-    library.decode(index, plan.data_ptr(), token, position, torch.get_num_threads())
+    numbers = [index, plan.data_ptr(), steps.data_ptr(), len(steps)]
+    numbers.append(torch.get_num_threads())
+    _call(library.decode, numbers)
 
 
 def round_panel(

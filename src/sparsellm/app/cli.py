@@ -247,10 +247,10 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
     *[field(name, use.COMMON) for name in ("calibration", "effort")],
     field("sparsity", help="Fraction of zeros, for transformers alone."),
     option(
-        "--like FILE",
-        "For llama.cpp: the model's GGUF, as llama.cpp's converter makes it.",
+        "--converter FILE",
+        "For llama.cpp: its convert_hf_to_gguf.py. Not needed if MODEL is a .gguf file.",
         GGUF,
-        shown="MODEL, if it is one",
+        kind=Path,
     ),
     *map(field, ("samples", "seq_len", "memory", "device")),
     *use.RECIPE,
@@ -816,14 +816,15 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
     ),
     needed("--out -o PLACE", "The .gguf file, or the directory.", kind=Path),
     option(
-        "--like FILE",
-        "Template to copy the rest from: the file that was pruned, or that llama.cpp made of the dense model.",
+        "--converter FILE",
+        "llama.cpp's convert_hf_to_gguf.py, which is run on DIRECTORY.",
         GGUF,
+        kind=Path,
     ),
-    option("--model MODEL", "The dense model.", GGUF, shown="--like, converted"),
+    option("--like FILE", "Instead, the .gguf file that was pruned.", GGUF, kind=Path),
     keeping(
         "--head TYPE",
-        "Type of embedding and output head: keep (that of --like), q8_0 or q6_k.",
+        "Type of embedding and output head: keep (that of the template), q8_0 or q6_k.",
         GGUF,
         values=("keep", "q8_0", "q6_k"),
     ),
@@ -831,7 +832,7 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
     *use.WRITING,
     group=use.TO_SHARE,
     examples=(
-        "sparsellm export pruned --to gguf --out model.gguf --like model-bf16.gguf",
+        "sparsellm export pruned --to gguf --out model.gguf --converter convert_hf_to_gguf.py",
         "sparsellm export pruned --to compressed-tensors --out for-vllm",
         "sparsellm export packed --to transformers --out dense",
     ),
@@ -863,9 +864,9 @@ def _unpack(directory: str, progress: Any, options: dict[str, Any]) -> Printed:
     from sparsellm.app import console
 
     del options["to"]
-    if options.pop("head") != "keep" or {"like", "model"} & options.keys():
+    if options.pop("head") != "keep" or {"like", "converter"} & options.keys():
         raise RecipeError(
-            "--like, --model and --head are settings of GGUF; leave them out for transformers"
+            "--converter, --like and --head are settings of GGUF; leave them out for transformers"
         )
     result = convert.unpack(directory, progress=progress, **options)
     content = {"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes}
@@ -961,7 +962,7 @@ def generate(
     ),
 )
 def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
-    """Serve MODEL to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
+    """Serve MODEL to clients of OpenAI's API: chat, completions, streaming.
 
     Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
     from sparsellm.app import console

@@ -83,6 +83,12 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             for name, divergence in best.sources.items()
         )
         say(f"KL from the dense model on held-out calibration windows: {before}")
+    held_out = result.held_out
+    if held_out is not None:
+        say(
+            f"held-out text ({held_out}): KL from the dense model {held_out.kl:.3g} nats a token, perplexity "
+            f"{held_out.perplexity:.4g} (dense {held_out.dense_perplexity:.4g})"
+        )
     if result.idle_sweep:
         say(f"note: {result.idle_sweep}")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
@@ -134,12 +140,16 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     )
     base = str(out).rstrip("/")
     if grid is not None:
-        end, like = (
-            (".gguf", " --like FILE.gguf") if grid.form == "gguf" else ("-exported", "")
-        )
-        place = shlex.quote(base + end)
+        place = shlex.quote(f"{base}-exported")
+        template = ""
+        if grid.form == "gguf":
+            place = shlex.quote(f"{base}.gguf")
+            if dense.endswith(".gguf"):
+                template = f" --like {shlex.quote(dense)}"
+            elif dense != "demo":
+                template = " --converter convert_hf_to_gguf.py"
         say(
-            f"export it:   sparsellm export {name} --to {grid.form} --out {place}{like}",
+            f"export it:   sparsellm export {name} --to {grid.form} --out {place}{template}",
             unbroken=True,
         )
         return

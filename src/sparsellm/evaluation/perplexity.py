@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from statistics import NormalDist
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from sparsellm import parallel
 from sparsellm.errors import NumericalError
+from sparsellm.files.reader import CheckpointReader
 from sparsellm.model import Chain, Feed
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Against, Interval
@@ -43,22 +44,28 @@ class Kept:
 
     def outputs(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
         """Same as :func:`_outputs`; the outputs on the first windows that it is called with are kept."""
-        if self._kept is None:
-            self._kept = windows, list(_outputs(self.chain, windows, tell))
-        known, rows = self._kept
-        return (
-            iter(rows)
-            if torch.equal(known, windows)
-            else _outputs(self.chain, windows, tell)
-        )
+        # a chain whose blocks a run has pruned may share weights between blocks
+        with self.chain.unpruned():
+            if self._kept is None:
+                self._kept = windows, list(_outputs(self.chain, windows, tell))
+            known, rows = self._kept
+            if torch.equal(known, windows):
+                return iter(rows)
+            return _outputs(self.chain, windows, tell)
 
 
 def measured(
-    chain: Chain, windows: Tensor, dense: Kept | None, progress: ProgressCallback
+    chain: Chain,
+    windows: Tensor,
+    dense: Kept | None,
+    progress: ProgressCallback,
+    *,
+    blocks: Sequence[CheckpointReader] | None = None,
 ) -> tuple[Interval, Against | None]:
     """The perplexity of a model on token ids ``(windows, seq)``, and its comparison with a dense one of the same
     tokenizer. One block of one model is in memory at a time; then embedding, norm and head of both, and the logits of
-    256 positions. Each process takes some windows. A loss that is not finite is a NumericalError."""
+    256 positions. ``blocks`` are the weights of each block, if they are not the chain's own; the dense model may then
+    be that of the same chain. Each process takes some windows. A loss that is not finite is a NumericalError."""
     feed, places = Feed(chain, windows, _BATCH_TOKENS).own()
     # so that all load the same blocks as often
     fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)
@@ -82,12 +89,12 @@ def measured(
     rows: list[list[float]] = []  # for the windows that this process has
     for part in parts:
         hidden = [
-            _outputs(chain, part, tell),
+            _outputs(chain, part, tell, blocks),
             *([dense.outputs(part, tell)] if dense is not None else []),
         ]
         begun = next(done)
         with ExitStack() as held:
-            for model in chains:
+            for model in dict.fromkeys(chains):
                 held.enter_context(model.outer())
             for at, (ids, *states) in enumerate(
                 zip(part.split(1), *hidden, strict=True)
@@ -144,18 +151,22 @@ def _exp(loss: float) -> float:
 
 
 def _outputs(
-    chain: Chain, windows: Tensor, tell: Callable[[str], None]
+    chain: Chain,
+    windows: Tensor,
+    tell: Callable[[str], None],
+    blocks: Sequence[CheckpointReader] | None = None,
 ) -> Iterator[Tensor]:
     """The output of the last block for each window, ``(1, seq, hidden)``; the blocks run when this is called."""
+    weights: Sequence[CheckpointReader | None] = blocks or [None] * len(chain)
     # Some models carry several states for each token; a batch of one window is not divided.
-    by_window = (
-        Feed(chain, windows[:1], 1).stream().hidden[0].shape[1:2] == windows.shape[1:]
-    )
-    stream = Feed(chain, windows, _BATCH_TOKENS if by_window else 1).stream()
+    one = Feed(chain, windows[:1], 1).stream(weights[0])
+    by_window = one.hidden[0].shape[1:2] == windows.shape[1:]
+    feed = Feed(chain, windows, _BATCH_TOKENS if by_window else 1)
+    stream = feed.stream(weights[0])
     chain.check_handed(windows[:1])
     for index in range(len(chain)):
         tell(f"block {index + 1}/{len(chain)}")
-        with chain.block(index):
+        with chain.block(index, weights[index]):
             stream.advance(index)
     return (
         row

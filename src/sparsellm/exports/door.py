@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,13 +12,18 @@ from typing import Literal
 import torch
 
 from sparsellm.arguments import Checkpoint, Out, PathGiven, checked
-from sparsellm.errors import ModelError, RecipeError, StorageError, shown
+from sparsellm.errors import RecipeError, StorageError
 from sparsellm.evaluation.speed import stamp
 from sparsellm.exports.blocks import block_type
 from sparsellm.exports.compressed import check_compressed, write_compressed
 from sparsellm.exports.gguf_file import Contents, check_file, write_gguf
 from sparsellm.exports.linears import OnGrid, open_on_grid
-from sparsellm.exports.template import Template
+from sparsellm.exports.template import (
+    SCRIPT,
+    Template,
+    check_converter,
+    converted,
+)
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import (
     WorkingDirectory,
@@ -33,6 +40,10 @@ from sparsepack.grids import GRIDS
 
 GGUF = "gguf"
 COMPRESSED = "compressed-tensors"
+MAKE_TEMPLATE = (
+    f"a GGUF file needs llama.cpp's {SCRIPT}: give it with --converter, such as llama.cpp/{SCRIPT} after "
+    "`git clone --depth 1 https://github.com/ggml-org/llama.cpp`"
+)
 RUNS_IN = {
     GGUF: "llama.cpp, Ollama, LM Studio",
     COMPRESSED: "vLLM; transformers, with the package compressed-tensors",
@@ -65,7 +76,7 @@ def export(  # noqa: PLR0913 - the Python door
     to: Literal["gguf", "compressed-tensors"],
     out: Out,
     like: PathGiven | None = None,
-    model: Checkpoint | None = None,
+    converter: PathGiven | None = None,
     head: Literal["keep", "q8_0", "q6_k"] = "keep",
     save: bool = False,
     overwrite: bool = False,
@@ -78,10 +89,9 @@ def export(  # noqa: PLR0913 - the Python door
         directory: what ``prune`` wrote with a ``grid``, or its packed form.
         to: ``gguf``, one file; or ``compressed-tensors``, a directory.
         out: the file or directory.
-        like: for GGUF, the template, from which all but the pruned linears comes: the file that was pruned, or that
-            llama.cpp's converter made of the dense model. None for that of ``demo``.
-        model: for GGUF, the dense model, by which the order of the template's rows is found. None converts the
-            template.
+        converter: for GGUF, llama.cpp's ``convert_hf_to_gguf.py``. What it makes of the checkpoint is the template,
+            from which all but the pruned linears comes.
+        like: for GGUF, the ``.gguf`` file that was pruned, as the template instead. None for that of ``demo``.
         head: for GGUF, the type of embedding and head; ``keep`` for the template's.
         save: append the export's record to the checkpoint's ``results.json``, which its card and report read.
         overwrite: replace the file or the checkpoint in ``out``.
@@ -90,14 +100,17 @@ def export(  # noqa: PLR0913 - the Python door
 
     Raises:
         RecipeError: a setting does not fit the format, or the values are on a grid that it does not have.
-        ModelError: checkpoint, dense model and template do not belong together, or one of them cannot be read.
+        ModelError: checkpoint and template do not belong together, or one of them cannot be read or made.
         StorageError: a weight is not on its grid, or ``out`` cannot be written. No file is left.
         MissingExtraError: compressed-tensors is not installed.
     """
-    if to == COMPRESSED and (like is not None or model is not None or head != "keep"):
+    given = like is not None or converter is not None
+    if to == COMPRESSED and (given or head != "keep"):
         raise RecipeError(
-            "like, model and head are settings of GGUF; leave them out for compressed-tensors"
+            "like, converter and head are settings of GGUF; leave them out for compressed-tensors"
         )
+    if like is not None and converter is not None:
+        raise RecipeError("like and converter both make a template; give one")
     check = partial(check_destination, out, overwrite=overwrite)
     if to == GGUF:
         place = check_file(out, overwrite=overwrite)
@@ -121,22 +134,16 @@ def export(  # noqa: PLR0913 - the Python door
             append_result(source, record)
 
     if to == GGUF:
-        template = Template(_template_file(opened, like))
-        dense = str(model or template.path)
-        read = {resolved(path) for path in (template.path, dense, source)}
-        if read & {place, place.parent}:
-            raise StorageError(
-                f"--out {place} is the template or the dense model, or in the checkpoint; name another"
+        with _template(opened, like, converter, place) as (template, dense):
+            contents = Contents(opened, dense, template, head)
+            record = write_gguf(
+                contents,
+                place,
+                record,
+                overwrite=overwrite,
+                progress=progress,
+                keep=keep,
             )
-        contents = Contents(
-            opened,
-            _dense_reader(dense, opened, named=model is not None),
-            template,
-            head,
-        )
-        record = write_gguf(
-            contents, place, record, overwrite=overwrite, progress=progress, keep=keep
-        )
     else:
         check_compressed(opened)
         work = WorkingDirectory(
@@ -173,27 +180,51 @@ def _grids_of(form: str) -> list[str]:
     return native + others
 
 
-def _template_file(opened: OnGrid, like: PathGiven | None) -> Path:
-    """The path of the template: ``like``, or that of the demo model."""
+@contextlib.contextmanager
+def _template(
+    opened: OnGrid,
+    like: PathGiven | None,
+    converter: PathGiven | None,
+    place: Path,
+) -> Iterator[tuple[Template, CheckpointReader]]:
+    """The template of a file to be written to ``place``, and the checkpoint whose rows it has."""
+    dtypes = {opened.reader.dtype(key) for key in opened.linears}
+    directory = opened.reader.directory
+    if converter is not None:
+        script = Path(converter).expanduser()
+        check_converter(script)
+        if (directory / "packed.json").is_file():
+            raise RecipeError(
+                f"{directory} is packed, which {SCRIPT} does not read; export the pruned checkpoint"
+            )
+        _refuse_inside(place, [directory])
+        dtype = torch.float32
+        if len(dtypes) == 1:
+            dtype = dtypes.pop()
+        name = opened.run.base.name or directory.name
+        with converted(script, directory, dtype, name, place.parent) as template:
+            yield template, opened.reader
+        return
     if like is not None:
-        return Path(like).expanduser()
-    if opened.run.base.name != "demo":
+        file = Path(like).expanduser()
+    elif opened.run.base.name == "demo":
+        file = demo_gguf()
+    else:
         raise RecipeError(
-            f"GGUF needs a file of the dense model {shown(opened.run.base.name)} as a template: give the one that "
-            "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
+            f"{MAKE_TEMPLATE}; or, if a .gguf file was pruned, that file with --like"
         )
-    return demo_gguf()
+    _refuse_inside(place, [file, directory])
+    template = Template(file)
+    of_dense = "auto"
+    if torch.float32 in dtypes:
+        of_dense = "float32"
+    dense = open_checkpoint(checkpoint_directory(str(file), "like", dtype=of_dense))
+    yield template, dense
 
 
-def _dense_reader(model: str, pruned: OnGrid, *, named: bool) -> CheckpointReader:
-    """The reader of the dense model, converted as the pruned one was. Unless the user named it, a ModelError says how
-    to name another."""
-    dtype = "auto"
-    if torch.float32 in {pruned.reader.dtype(key) for key in pruned.linears}:
-        dtype = "float32"
-    try:
-        return open_checkpoint(checkpoint_directory(model, dtype=dtype))
-    except ModelError as error:
-        if named:
-            raise
-        raise ModelError(f"{error}, and name it with --model") from None
+def _refuse_inside(place: Path, sources: list[Path]) -> None:
+    """Refuses a file to be written that is one of the sources, or in one (StorageError)."""
+    if {place, place.parent} & {resolved(source) for source in sources}:
+        raise StorageError(
+            f"--out {place} is the template, or in the checkpoint; name another"
+        )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from sparsellm.errors import ModelError, RecipeError, StorageError, shown
 from sparsellm.exports.blocks import block_type, quantised, to_blocks
 from sparsellm.exports.linears import OnGrid
-from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_of
+from sparsellm.exports.template import SCRIPT, Template, row_order, values_of
 from sparsellm.files.directory import check_room, resolved
 from sparsellm.files.files import TEMPORARY, TORN, create_atomically, replace_atomically
 from sparsellm.files.reader import CheckpointReader
@@ -33,7 +34,11 @@ _HEAD = ("token_embd.weight", "output.weight")
 _DROPPED = ("GGUF.", "split.", "quantize.", gguf.Keys.General.ARCHITECTURE)
 # Names of file types that differ from those of their blocks
 _FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S"}
-_HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")  # in configs
+_EXACT = ("F32", "F16", "BF16")
+# What converters add to the weights of a norm
+_SHIFTS = (0.0, 1.0)
+CONVERTER_ADVICE = f"give llama.cpp's {SCRIPT} with --converter"
+_INFO_BYTES = 128  # name, shape and place of a tensor, and the room up to the next
 
 
 def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -65,7 +70,6 @@ def other_bytes(
     """Bytes of a GGUF file of a checkpoint without the linears, which are tensors of the ``reader``: its keys, and all
     other tensors of the template, with embedding and head as ``head``."""
     keys = template.keys_of(list(reader))
-    size, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[head.upper()]]
     total = int(template.reader.data_offset)
     for tensor in template.reader.tensors:
         total += template.reader.alignment
@@ -73,10 +77,40 @@ def other_bytes(
         if any(key in linears for key in of_tensor):
             continue
         if tensor.name in _HEAD and of_tensor:
-            total += int(tensor.n_elements) // size * stored
+            total += _bytes_as(head, int(tensor.n_elements))
         else:
             total += int(tensor.n_bytes)
     return total
+
+
+def expected_bytes(
+    metadata: int,
+    reader: CheckpointReader,
+    linears: Collection[str],
+    heads: Collection[str],
+    head: str,
+) -> int:
+    """As :func:`other_bytes`, of a file that llama.cpp's converter will make: it keeps matrices, and has vectors in
+    F32. ``metadata`` are the bytes of the keys; ``heads`` are the tensors of embedding and head."""
+    total = metadata
+    for key in reader:
+        total += _INFO_BYTES
+        if key in linears:
+            continue
+        shape = reader.shape(key)
+        if key in heads:
+            total += _bytes_as(head, math.prod(shape))
+        elif len(shape) > 1:
+            total += reader.bytes_of(key)
+        else:
+            total += 4 * math.prod(shape)
+    return total
+
+
+def _bytes_as(kind: str, weights: int) -> int:
+    """Bytes of weights in a type of GGUF."""
+    size, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    return weights // size * stored
 
 
 def write_gguf(
@@ -154,46 +188,35 @@ def _remove_torn(folder: Path) -> None:
 class Contents:
     """The keys and tensors of a GGUF file.
 
-    ``model`` is the checkpoint, on a grid that GGUF has. All but its linears comes from the ``template``; the ``dense``
-    model shows the order of the template's rows. ``head`` is the type of embedding and head, such as ``q8_0``, or
-    ``keep`` for the template's. A ModelError says that the three do not belong together."""
+    ``model`` is the checkpoint, on a grid that GGUF has. All but its linears comes from the ``template``. That was made
+    from the checkpoint ``source``: the model itself, or the dense one that was pruned. ``head`` is the type of
+    embedding and head, such as ``q8_0``, or ``keep`` for the template's. A ModelError says that the three do not belong
+    together."""
 
     def __init__(
-        self, model: OnGrid, dense: CheckpointReader, template: Template, head: str
+        self, model: OnGrid, source: CheckpointReader, template: Template, head: str
     ) -> None:
         self.model = model
-        self.dense = dense
+        self.source = source
         self.template = template
         self.head = None
         if head != "keep":
             self.head = gguf.GGMLQuantizationType[head.upper()]
-        self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
+        tensors = {tensor.name for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
         # the tensors of the checkpoint, by their name in GGUF
-        self.keys = {name: keys for name, keys in named if name in self.tensors}
-        self.changes: dict[str, Change] = {}
-        config = model.chain.config.get_text_config()
-        self.heads = [
-            count
-            for name in _HEADS
-            if isinstance(count := getattr(config, name, None), int)
-        ] or [1]
+        self.keys = {name: keys for name, keys in named if name in tensors}
         reader = model.reader
+        for key in sorted({*reader, *source}):
+            if key not in reader or key not in source:
+                raise self._not_pruned_from(f"has another set of tensors ({key})")
+            if source.shape(key) != reader.shape(key):
+                raise self._not_pruned_from(f"has {key} {list(source.shape(key))}")
         known = {key for keys in self.keys.values() for key in keys}
-        for key in sorted(reader):
-            if key not in dense or dense.shape(key) != reader.shape(key):
-                raise self._not_pruned_from(f"has no {key} {list(reader.shape(key))}")
-            if key not in known and (
-                key in model.linears or not self._same(reader.get(key), key)
-            ):
+        for key in sorted({*reader} - known):
+            if key in model.linears or not self._same(key):
                 # which the file would lose
                 raise self._other(f"has no tensor for {key}")
-        # blocks that predict further tokens
-        ahead = template.value(f"{template.arch}.nextn_predict_layers") or 0
-        if (blocks := template.value(f"{template.arch}.block_count") - ahead) != len(
-            model.chain
-        ):
-            raise self._other(f"has {blocks} blocks, not {len(model.chain)}")
         for name, keys in self.keys.items():
             if len({key in model.linears for key in keys}) > 1:
                 raise ModelError(
@@ -255,30 +278,35 @@ class Contents:
         keys = self.keys[tensor.name]
         kind = self.type_of(tensor)
         if self._is_linear(tensor):
-            change = self._change(tensor)
-            codes, scales = (
-                torch.cat(parts)
-                for parts in zip(*map(self.model.codes, keys), strict=True)
-            )
-            order = change.order
+            parts = [self.model.codes(key) for key in keys]
+            order = self._order(tensor, 0.0)
+            if order is None:
+                raise self._other(f"has {tensor.name} with other rows than {keys[0]}")
+            codes = torch.cat([numbers for numbers, _ in parts])
+            scales = torch.cat([scales for _, scales in parts])
             return to_blocks(codes[order], scales[order], self._grid(tensor))
-        same = all(self._same(self.model.reader.get(key), key) for key in keys)
+        if not all(map(self._same, keys)):
+            return quantised(self._trained(tensor).numpy(), kind)
+        if kind == tensor.tensor_type:
+            return tensor.data
+        return quantised(values_of(tensor).numpy(), kind)
+
+    def _trained(self, tensor: gguf.ReaderTensor) -> Tensor:
+        """Rows of the checkpoint's tensor, which is not that of the source, as the template would have them."""
+        key = self.keys[tensor.name][0]
         # a run changes blocks alone
-        if not same and not tensor.name.startswith("blk."):
-            raise self._not_pruned_from(f"has another {keys[0]}")
-        if same and kind == tensor.tensor_type and tensor.name.startswith("blk."):
-            # the converter may have changed it in a way that is not known here
-            return tensor.data
-        change = self._change(tensor)
-        if same and kind == tensor.tensor_type:
-            return tensor.data
-        if kind.name not in EXACT and tensor.name not in _HEAD:
-            stored = f"--like {self.template.path} has {tensor.name} in {kind.name}"
-            raise ModelError(f"{stored}, and it was trained; give BF16")
-        values = (
-            self._rows(self.model.reader, tensor)[change.order].float() + change.shift
-        )
-        return quantised(values.numpy(), kind)
+        if not tensor.name.startswith("blk."):
+            raise self._not_pruned_from(f"has another {key}")
+        if tensor.tensor_type.name not in _EXACT:
+            raise ModelError(
+                f"{self.template.path} has {tensor.name} in {tensor.tensor_type.name}, and it was trained; "
+                f"{CONVERTER_ADVICE}"
+            )
+        for shift in _SHIFTS:
+            order = self._order(tensor, shift)
+            if order is not None:
+                return self._rows(self.model.reader, tensor)[order].float() + shift
+        raise self._other(f"has {tensor.name} with other rows than {key}")
 
     def _grid(self, tensor: gguf.ReaderTensor) -> Grid:
         """The grid of a tensor of linears; a ModelError if they are on several."""
@@ -293,62 +321,44 @@ class Contents:
     def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
         return any(key in self.model.linears for key in self.keys.get(tensor.name, ()))
 
-    def _same(self, value: Tensor, key: str) -> bool:
-        return torch.equal(value.float(), self.dense.get(key).float())
+    def _same(self, key: str) -> bool:
+        """Whether the checkpoint's tensor is that of the source."""
+        if self.source is self.model.reader:
+            return True
+        return torch.equal(
+            self.model.reader.get(key).float(), self.source.get(key).float()
+        )
 
-    def _change(self, tensor: gguf.ReaderTensor) -> Change:
-        """The change that makes a tensor of the template out of the dense model's."""
-        if tensor.name not in self.changes:
-            rows = rows_of(tensor)
-            weight = self.tensors.get(f"{tensor.name.removesuffix('.bias')}.weight")
-            orders: Sequence[Tensor] = [torch.arange(rows)]
-            if (
-                tensor.name.endswith(".bias")
-                and weight is not None
-                and weight.name in self.keys
-            ):
-                # a bias that is 0 would fit in any order
-                orders = [self._change(weight).order]
-            elif tensor.name.startswith("blk.") and len(tensor.shape) == 2:
-                orders = orders_of(rows, self.heads[0], sorted({*self.heads}))
-            change = self.template.change(
-                tensor, self._rows(self.dense, tensor), orders
-            )
-            if change is None:
-                key = self.keys[tensor.name][0]
-                raise self._other(
-                    f"has {tensor.name} other than {key}, in all known orders of rows"
-                )
-            self.changes[tensor.name] = change
-        return self.changes[tensor.name]
+    def _order(self, tensor: gguf.ReaderTensor, shift: float) -> Tensor | None:
+        """The order that puts rows of the source where the template has them, less a shift; None if none does."""
+        before = self._rows(self.source, tensor)
+        there = (values_of(tensor) - shift).to(before.dtype)
+        if there.shape != before.shape:
+            return None
+        return row_order(there, before, self._rows(self.model.reader, tensor))
 
     def _rows(self, reader: CheckpointReader, tensor: gguf.ReaderTensor) -> Tensor:
         """The tensors of a checkpoint that one of the template has, as rows ``(rows, columns)``."""
-        keys = self.keys[tensor.name]
         parts = []
-        for key in keys:
+        for key in self.keys[tensor.name]:
             part = reader.get(key)
             if key in self.model.transposed:
                 part = part.t()
-            parts.append(part.reshape(-1))
-        # The converter cuts rows for which the tokenizer has no token.
-        flat = torch.cat(parts)[: tensor.n_elements]
-        if len(flat) == tensor.n_elements:
-            return flat.view(rows_of(tensor), -1)
-        return flat.view(-1, 1)
+            if part.ndim == 1:
+                part = part[:, None]
+            parts.append(part.flatten(0, -2))
+        return torch.cat(parts)
 
     def _other(self, what: str) -> ModelError:
-        advice = f"give the GGUF that was made of {self.dense.directory}, or name its model with --model"
         return ModelError(
-            f"--like {self.template.path} is of another model: it {what}; {advice}"
+            f"{self.template.path} was not made of {self.source.directory.name}: it {what}; {CONVERTER_ADVICE}"
         )
 
     def _not_pruned_from(self, what: str) -> ModelError:
-        there = (
-            f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
+        return ModelError(
+            f"{self.model.reader.directory} was not pruned from {self.template.path}, which {what}; give the .gguf "
+            f"file that was pruned, or {CONVERTER_ADVICE}"
         )
-        advice = "name the dense model with --model, or export what was packed before `pack --head int8`"
-        return ModelError(f"{there}, which {what}; {advice}")
 
 
 def _value(field: gguf.ReaderField) -> GGUFValue:

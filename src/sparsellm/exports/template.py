@@ -1,15 +1,21 @@
-"""A GGUF file as a template: the names of its tensors in the checkpoint, and the order of their rows.
+"""A GGUF file as a template: the names of its tensors in a checkpoint, and the order of their rows.
 
-llama.cpp's converter renames tensors, stacks those of experts, and for some families changes the order of rows (it
-rotates neighbouring pairs, Hugging Face the two halves of a head) or adds 1 to the weights of a norm. Nothing here says
-which family does what: the dense model's tensor must become the template's in one of these ways.
+llama.cpp's converter renames tensors, stacks those of experts, and for some families changes the order of rows. Nothing
+here says which family does what: rows of the template are found among those of the checkpoint that it was made from.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsellm.errors import ModelError, StorageError, one_line, shown
+from sparsellm.errors import (
+    ModelError,
+    RecipeError,
+    StorageError,
+    one_line,
+    shown,
+)
+from sparsellm.files.files import TEMPORARY, explained
 from sparsellm.files.gguf_header import check_header
 from sparsepack.files import read_bytes
 
-EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NEAR = 0.1  # largest ‖W − T‖² / ‖T‖² of dense W and quantised T: two bits a weight have 0.05, a wrong order of rows 2
-_PIECE = 1 << 22  # weights compared at a time
-
-
-@dataclass(frozen=True)
-class Change:
-    """What makes a tensor of GGUF out of one of a checkpoint: row ``i`` is row ``order[i]``, plus ``shift``."""
-
-    order: Tensor
-    shift: float = 0.0
+SCRIPT = "convert_hf_to_gguf.py"
+# How the converter names the type in which it stores matrices as they are
+_OUTTYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
 
 
 class Template:
@@ -50,19 +59,19 @@ class Template:
             Exception
         ) as error:  # a damaged file raises any of numpy's or gguf's errors
             raise ModelError(
-                f"--like {shown(str(path))} is not a readable GGUF file: {one_line(error)}"
+                f"the template {shown(str(path))} is not a readable GGUF file: {one_line(error)}"
             ) from None
         name = self.value("general.architecture")
         known = {text: arch for arch, text in gguf.MODEL_ARCH_NAMES.items()}
         if name not in known:
             raise ModelError(
-                f"--like {path} has the architecture {shown(name)}, which gguf does not know; update gguf"
+                f"the template {path} has the architecture {shown(name)}, which gguf does not know; update gguf"
             )
         self.arch = name
         blocks = self.value(f"{name}.block_count")
         if not isinstance(blocks, int):
             raise ModelError(
-                f"--like {path} has no {name}.block_count; give the GGUF of a language model"
+                f"the template {path} has no {name}.block_count; give the GGUF of a language model"
             )
         self._names = gguf.get_tensor_name_map(known[name], blocks)
 
@@ -94,80 +103,92 @@ class Template:
             name: [key for _, key in sorted(of.items())] for name, of in stacked.items()
         }
 
-    def change(
-        self, tensor: gguf.ReaderTensor, dense: Tensor, orders: Sequence[Tensor]
-    ) -> Change | None:
-        """The change that makes ``tensor`` of the dense model's rows ``(rows, columns)``, by one of these orders.
 
-        A tensor in floating point must be equal, if need be after it is rounded to the dense one's dtype; a quantised
-        one near. None if no change does it, or several do."""
-        if dense.numel() != tensor.n_elements or any(
-            len(order) != len(dense) for order in orders
-        ):
-            return None
-        shifts = [0.0]
-        if dense.shape[1] == 1:
-            shifts.append(1.0)
-        changes = [Change(order, shift) for order in orders for shift in shifts]
-        fitting = [change for change in changes if _fits(tensor, dense, change)]
-        if len(fitting) == 1:
-            return fitting[0]
+def values_of(tensor: gguf.ReaderTensor) -> Tensor:
+    """A tensor of a GGUF file in fp32, with the rows of all its matrices: ``(rows, columns)``. A vector has one
+    column."""
+    values = gguf.dequantize(np.ascontiguousarray(tensor.data), tensor.tensor_type)
+    columns = 1
+    if len(tensor.shape) > 1:
+        columns = int(tensor.shape[0])
+    return torch.from_numpy(np.array(values, dtype=np.float32)).view(-1, columns)
+
+
+def row_order(there: Tensor, before: Tensor, now: Tensor) -> Tensor | None:
+    """The row of ``before`` that each row of ``there`` is; all are matrices of one shape, the first two of one dtype.
+
+    None if there is no such order, or if there are several that put the rows ``now`` in different places."""
+    order = torch.arange(len(before))
+    if torch.equal(there, before):
+        return order
+    rows = _digests(before)
+    places = dict(zip(rows, order.tolist(), strict=True))
+    # equal rows have one place, that of their last
+    one_place = [places[row] for row in rows]
+    found = [places.get(row, -1) for row in _digests(there)]
+    if sorted(found) != sorted(one_place) or not torch.equal(now[one_place], now):
         return None
+    return torch.tensor(found)
 
 
-def rows_of(tensor: gguf.ReaderTensor) -> int:
-    """The rows of a tensor, of all its matrices; a vector has one column."""
-    shape = tensor.shape.tolist()
-    if len(shape) > 1:
-        return int(np.prod(shape[1:]))
-    return int(shape[0])
+def _digests(rows: Tensor) -> list[bytes]:
+    """A digest of each row of a matrix."""
+    data = rows.contiguous().view(torch.uint8).numpy()
+    return [hashlib.blake2b(row, digest_size=16).digest() for row in data]
 
 
-def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
-    """The orders of rows in which llama.cpp's converter may store a matrix of ``heads`` heads, each once.
-
-    Rows stay as they are; or the two halves of each head are interleaved (Llama's q and k); or q, k and v, which the
-    checkpoint has next to each other in each head or group of heads, are taken apart (BLOOM, GPT-NeoX, Falcon).
-    ``groups`` are the numbers of heads, or of groups, to try."""
-    order = torch.arange(rows)
-    orders = [order]
-    for count in groups:
-        if rows % (2 * count) == 0:
-            orders.append(order.view(count, 2, -1).transpose(1, 2).reshape(-1))
-        if heads % count == 0 and rows % (heads + 2 * count) == 0:
-            grouped = order.view(count, heads // count + 2, -1)
-            parts = (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
-            orders.append(torch.cat([part.reshape(-1) for part in parts]))
-    different: list[Tensor] = []
-    for order in orders:
-        if not any(torch.equal(order, other) for other in different):
-            different.append(order)
-    return different
-
-
-def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
-    """Whether a change makes the template's tensor out of the dense model's. A few rows are compared at a time."""
-    dtype = EXACT.get(tensor.tensor_type.name)
-    rows = rows_of(tensor)
-    stored = tensor.data.reshape(rows, -1)
-    few = max(1, _PIECE // max(1, tensor.n_elements // rows))
-    for start in range(0, rows, few):
-        part = slice(start, min(start + few, rows))
-        values = gguf.dequantize(np.ascontiguousarray(stored[part]), tensor.tensor_type)
-        known = torch.from_numpy(np.array(values, dtype=np.float32)).view(
-            part.stop - start, -1
+def check_converter(converter: Path) -> None:
+    """Refuses a path that is no file (RecipeError)."""
+    if not converter.is_file():
+        raise RecipeError(
+            f"--converter {shown(str(converter))} is not a file; give the path of {SCRIPT} in a clone of llama.cpp"
         )
-        ours = dense[change.order[part]].float() + change.shift
-        # A template may have been rounded to the dense model's dtype when it was converted.
-        rounded = (known - change.shift).to(dense.dtype)
-        if (
-            dtype is not None
-            and not torch.equal(ours.to(dtype).float(), known)
-            and not torch.equal(rounded, dense[change.order[part]])
-        ):
-            return False
-        if dtype is None and float((ours - known).square().sum()) > NEAR * float(
-            known.square().sum()
-        ):
-            return False
-    return True
+
+
+def metadata_bytes(converter: Path, checkpoint: Path) -> int:
+    """The size of a checkpoint's GGUF file without tensors, as llama.cpp's converter makes it. A ModelError says that
+    it does not convert this model."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "vocabulary.gguf"
+        _convert(converter, checkpoint, out, ["--vocab-only"])
+        return out.stat().st_size
+
+
+@contextlib.contextmanager
+def converted(
+    converter: Path, checkpoint: Path, dtype: torch.dtype, name: str, folder: Path
+) -> Iterator[Template]:
+    """The GGUF file that llama.cpp's converter makes of a checkpoint, with matrices in ``dtype`` and this ``name`` of
+    the model. It is in ``folder`` until the context ends. A ModelError has what the converter says if it fails."""
+    out = folder / f".{secrets.token_hex(12)}{TEMPORARY}"
+    try:
+        with explained(folder), out.open("xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            options = ["--outtype", _OUTTYPES[dtype], "--model-name", name]
+            _convert(converter, checkpoint, out, options)
+            yield Template(out)
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def _convert(converter: Path, checkpoint: Path, out: Path, options: list[str]) -> None:
+    """Runs llama.cpp's converter, with the Python that runs this."""
+    command = [sys.executable, str(converter), str(checkpoint), *options]
+    command += ["--outfile", str(out)]
+    # a model that it would fetch is not the one that it is to convert
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if result.returncode == 0 and out.is_file() and out.stat().st_size:
+        return
+    lines = result.stderr.strip().splitlines() or ["it says nothing"]
+    advice = "install what its requirements name, or update the clone of llama.cpp"
+    raise ModelError(
+        f"{converter.name} cannot convert {checkpoint}: {shown(lines[-1].strip())}; {advice}"
+    )

@@ -200,6 +200,17 @@ def _quality(record: Checkpoint) -> list[Row]:
         rows += shown
     if rows:
         return rows
+    measured = record.pruning.held_out
+    if measured is not None:
+        detail = f"held-out text: {measured}"
+        ratio = _ratio(measured.perplexity, measured.dense_perplexity)
+        dense_value = f"{measured.dense_perplexity:.4g}"
+        value = f"{measured.perplexity:.4g}"
+        return [
+            Row(QUANTITIES[0], detail, dense_value, value, ratio, command),
+            Row(QUANTITIES[1], detail, "0", f"{measured.kl:.3g}"),
+            Row(QUANTITIES[2], detail, "100%", f"{measured.agreement:.1%}"),
+        ]
     rows = [Row(name, command=command) for name in QUANTITIES[:3]]
     best = record.pruning.best_pass
     if best is not None:

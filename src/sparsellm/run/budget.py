@@ -220,6 +220,18 @@ class Budget:
                 f"{_gb(max(0, room))}; name a text with --calibration, or allow more (--memory, --set device_memory=…)"
             )
 
+    def check_measuring(self, chain: Chain) -> None:
+        """Raises MemoryBudgetError if the budget has no room for embedding, head and the logits of some tokens."""
+        text = chain.config.get_text_config()
+        logits = LOGIT_COPIES * HEAD_TOKENS * text.vocab_size
+        needed = chain.dtype.itemsize * chain.outer_elements() + 4 * logits
+        held = machine.held_rss() if self.card is None else 0
+        room = self.running.limit - held
+        if needed > room:
+            raise MemoryBudgetError(
+                f"embedding, head and logits take {_gb(needed)} of memory, and there is room for {_gb(max(0, room))}"
+            )
+
     def measured(self, scratch: Scratch, sweep: str) -> Memory:
         """The record of what this process has held."""
         self.host.measure()

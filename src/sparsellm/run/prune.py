@@ -1,4 +1,4 @@
-"""The story of a pruning run: open → survey → walk → sweep → save. Each step gets the results before it."""
+"""The story of a pruning run: open → survey → walk → sweep → measure → save. Each step gets the results before it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from sparsellm.run.fewer_experts import (
     removal_before,
     remove_experts_of,
 )
+from sparsellm.run.held_out import HeldOutWindows
 from sparsellm.run.journal import Identity, Journal
 from sparsellm.run.opening import device_of
 from sparsellm.run.request import Request
@@ -76,6 +77,7 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
         walked = len(finished) == len(chain)
         targets = survey(models, decided, feed, journal, walked, clock)
         clock.lap()
+        held_out = HeldOutWindows.drawn(models, decided, clock, progress)
         dense = dense_end(models, decided, feed, clock)
         blocks = walk(
             models,
@@ -96,10 +98,20 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
             walked=blocks,
             clock=clock,
         )
+        quality, unmeasured = held_out.measure(
+            models,
+            decided,
+            journal=journal,
+            budget=budget,
+            clock=clock,
+            progress=progress,
+        )
         measured = Measured(
             allocation=targets.report,
             linears=linears,
             sweeps=sweeps,
+            held_out=quality,
+            unmeasured=unmeasured,
             memory=budget.measured(scratch, decided.sweep),
             peak_rss=peak,
         )

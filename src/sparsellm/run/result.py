@@ -24,6 +24,7 @@ from sparsellm.records import (
     KEEP,
     MIXED,
     OWN,
+    HeldOut,
     LinearResult,
     Memory,
     Pruning,
@@ -114,6 +115,8 @@ class Measured:
     allocation: dict[str, JsonValue]  # the report of the allocation; empty for uniform
     linears: list[LinearResult]
     sweeps: list[SweepPass]  # the divergence from the dense model after each pass
+    held_out: HeldOut | None
+    unmeasured: list[str]  # a warning if that is None
     memory: Memory
     peak_rss: int  # bytes, of earlier processes
 

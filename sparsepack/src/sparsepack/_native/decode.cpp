@@ -1,4 +1,4 @@
-// A token through a whole decoder without Python in between: every product is one of the driver's.
+// Tokens through a whole decoder without Python in between: every product is one of the driver's.
 #include <algorithm>
 #include <cmath>
 
@@ -31,9 +31,14 @@ struct Linear {
     bias = plan.address<const float>();
   }
 
-  void operator()(const InstructionSet& set, const float* x, float* y, int threads) const {
-    (rounded ? multiply_rounded : multiply)(set, weight, 1, kFp32, x, y, threads);
-    for (int64_t i = 0; bias != nullptr && i < weight.out; ++i) y[i] += bias[i];
+  // y (tokens, out) of x (tokens, columns)
+  void operator()(const InstructionSet& set, int tokens, const float* x, float* y, int threads) const {
+    (rounded ? multiply_rounded : multiply)(set, weight, tokens, kFp32, x, y, threads);
+    if (bias == nullptr) return;
+    for (int token = 0; token < tokens; ++token) {
+      float* row = y + token * weight.out;
+      for (int64_t i = 0; i < weight.out; ++i) row[i] += bias[i];
+    }
   }
 };
 
@@ -56,16 +61,28 @@ void rotate(float* head, const float* cos, const float* sin, int64_t size) {
   }
 }
 
+// A token, and the cache of keys and values of its sequence: (layers, 2, kv_heads, capacity, size).
+struct Step {
+  int64_t token, position, capacity;
+  float* cache;
+
+  // `cached`: the numbers of a position, kv_heads * size
+  float* keys(int64_t layer, int64_t cached) const { return cache + 2 * layer * cached * capacity; }
+  float* values(int64_t layer, int64_t cached) const { return cache + (2 * layer + 1) * cached * capacity; }
+};
+
+Step step_of(const int64_t* n) { return {n[0], n[1], n[2], at_address<float>(n[3])}; }
+
 struct Attention {
   const InstructionSet& set;
   int64_t heads, kv_heads, size, capacity, tokens;
   const float *query, *keys, *values;  // (heads, size), (kv_heads, capacity, size)
   float scale;
-  float *scores, *out;  // (heads, capacity), (heads, size)
+  float* out;  // (heads, size)
 
-  void head(int64_t index) const {
+  // `mine` has room for the scores of all tokens.
+  void head(int64_t index, float* mine) const {
     const int64_t group = index / (heads / kv_heads);
-    float* mine = scores + index * capacity;
     set.attention_scores(query + index * size, keys + group * capacity * size, tokens, size, scale, mine);
     const float largest = *std::max_element(mine, mine + tokens);
     float sum = 0;
@@ -77,51 +94,82 @@ struct Attention {
 
 }  // namespace
 
-void decode(const InstructionSet& set, const int64_t* numbers, int64_t token, int64_t position, int threads) {
+void decode(const InstructionSet& set, const int64_t* numbers, const int64_t* steps, int tokens, int threads) {
   Plan plan{numbers};
   const int64_t layers = plan.number(), hidden = plan.number(), heads = plan.number(), kv_heads = plan.number();
-  const int64_t size = plan.number(), inner = plan.number(), capacity = plan.number();
-  const float* cos = plan.address<const float>() + position * size;
-  const float* sin = plan.address<const float>() + position * size;
+  const int64_t size = plan.number(), inner = plan.number(), positions = plan.number();
+  const float *cos = plan.address<const float>(), *sin = plan.address<const float>();
   const float* settings = plan.address<const float>();  // epsilon of the norms, scale of the scores
-  float* x = plan.address<float>();                     // hidden; the rest of the memory follows
+  float* x = plan.address<float>();                     // (tokens, hidden); the rest of the memory follows
   float* logits = plan.address<float>();
   const float* last_norm = plan.address<const float>();
   const Linear embedding(plan), head(plan);
-  float *normed = x + hidden, *query = normed + hidden, *mixed = query + heads * size;
-  float *added = mixed + heads * size, *gate = added + hidden, *up = gate + inner, *scores = up + inner;
+  const int64_t mixed_size = heads * size, cached = kv_heads * size, hiddens = tokens * hidden;
+  float *normed = x + hiddens, *query = normed + hiddens, *mixed = query + tokens * mixed_size;
+  float *added = mixed + tokens * mixed_size, *gate = added + hiddens, *up = gate + tokens * inner;
+  float* scores = up + tokens * inner;
 
-  unpack_rows(set, embedding.weight, token, token + 1, kFp32, x, 1);
+  const auto step = [&](int token) { return step_of(steps + token * kStepNumbers); };
+  const auto normalise_all = [&](const float* weight) {
+    for (int64_t t = 0; t < tokens; ++t) normalise(x + t * hidden, weight, hidden, settings[0], normed + t * hidden);
+  };
+  const auto add_all = [&] {
+    for (int64_t i = 0; i < hiddens; ++i) x[i] += added[i];
+  };
+  int64_t products = 0;  // of the attention
+  for (int t = 0; t < tokens; ++t) {
+    unpack_rows(set, embedding.weight, step(t).token, step(t).token + 1, kFp32, x + t * hidden, 1);
+    products += mixed_size * step(t).position;
+  }
+  const int sharers = products < 1 << 15 ? 1 : threads;
   for (int64_t layer = 0; layer < layers; ++layer) {
     const float *first_norm = plan.address<const float>(), *second_norm = plan.address<const float>();
-    float *keys = plan.address<float>(), *values = plan.address<float>();
     const Linear q(plan), k(plan), v(plan), o(plan), gates(plan), ups(plan), down(plan);
-    normalise(x, first_norm, hidden, settings[0], normed);
-    q(set, normed, query, threads);
-    k(set, normed, gate, threads);
-    v(set, normed, up, threads);
-    for (int64_t index = 0; index < heads; ++index) rotate(query + index * size, cos, sin, size);
-    for (int64_t index = 0; index < kv_heads; ++index) {
-      rotate(gate + index * size, cos, sin, size);
-      const int64_t place = (index * capacity + position) * size;
-      std::copy_n(gate + index * size, size, keys + place);
-      std::copy_n(up + index * size, size, values + place);
+    normalise_all(first_norm);
+    q(set, tokens, normed, query, threads);
+    k(set, tokens, normed, gate, threads);
+    v(set, tokens, normed, up, threads);
+    for (int t = 0; t < tokens; ++t) {
+      const Step mine = step(t);
+      const int64_t angle = mine.position * size;
+      for (int64_t index = 0; index < heads; ++index)
+        rotate(query + t * mixed_size + index * size, cos + angle, sin + angle, size);
+      for (int64_t index = 0; index < kv_heads; ++index) {
+        float *key = gate + t * cached + index * size, *value = up + t * cached + index * size;
+        rotate(key, cos + angle, sin + angle, size);
+        const int64_t place = index * mine.capacity * size + angle;
+        std::copy_n(key, size, mine.keys(layer, cached) + place);
+        std::copy_n(value, size, mine.values(layer, cached) + place);
+      }
     }
-    const Attention attention{set, heads, kv_heads, size, capacity, position + 1, query, keys, values, settings[1],
-                              scores, mixed};
-    const int sharers = heads * size * position < 1 << 15 ? 1 : threads;
-    for_each(sharers, heads, [&](int64_t index) { attention.head(index); });
-    o(set, mixed, added, threads);
-    for (int64_t i = 0; i < hidden; ++i) x[i] += added[i];
-    normalise(x, second_norm, hidden, settings[0], normed);
-    gates(set, normed, gate, threads);
-    ups(set, normed, up, threads);
-    for (int64_t i = 0; i < inner; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
-    down(set, gate, added, threads);
-    for (int64_t i = 0; i < hidden; ++i) x[i] += added[i];
+    for_each(sharers, tokens * heads, [&](int64_t index) {
+      const int64_t t = index / heads;
+      const Step mine = step(static_cast<int>(t));
+      const Attention attention{set,
+                                heads,
+                                kv_heads,
+                                size,
+                                mine.capacity,
+                                mine.position + 1,
+                                query + t * mixed_size,
+                                mine.keys(layer, cached),
+                                mine.values(layer, cached),
+                                settings[1],
+                                mixed + t * mixed_size};
+      attention.head(index % heads, scores + index * positions);
+    });
+    o(set, tokens, mixed, added, threads);
+    add_all();
+    normalise_all(second_norm);
+    gates(set, tokens, normed, gate, threads);
+    ups(set, tokens, normed, up, threads);
+    const int64_t gated = tokens * gates.weight.out;
+    for (int64_t i = 0; i < gated; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    down(set, tokens, gate, added, threads);
+    add_all();
   }
-  normalise(x, last_norm, hidden, settings[0], normed);
-  head(set, normed, logits, threads);
+  normalise_all(last_norm);
+  head(set, tokens, normed, logits, threads);
 }
 
 }  // namespace sparsellm

@@ -43,9 +43,11 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
 void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first, int64_t last, ValueType kind,
                  void* out, int threads);
 
-// One token of a decoder of the Llama kind at batch 1, in fp32: embedding, blocks of normalised attention with rotary
-// angles and a gated feed-forward unit, norm, head. `plan` is an array of numbers and addresses, written by
-// sparsepack/decode.py in the order in which decode.cpp reads it.
-void decode(const InstructionSet& set, const int64_t* plan, int64_t token, int64_t position, int threads);
+// One token each of up to kMaxTokens sequences through a decoder of the Llama kind, in fp32: embedding, blocks of
+// normalised attention with rotary angles and a gated feed-forward unit, norm, head. `plan` is an array of numbers and
+// addresses, written by sparsepack/decode.py in the order in which decode.cpp reads it. `steps` has kStepNumbers for
+// each sequence: token, position, capacity and address of its cache. The other sequences change no bit of a result.
+constexpr int kStepNumbers = 4;
+void decode(const InstructionSet& set, const int64_t* plan, const int64_t* steps, int tokens, int threads);
 
 }  // namespace sparsellm

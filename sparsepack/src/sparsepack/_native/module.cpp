@@ -107,16 +107,18 @@ PyObject* py_unpack_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// set, plan, token, position, threads
+// set, plan, steps, tokens, threads
 PyObject* py_decode(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t n[5];
   if (!read_numbers(args, count, 5, n)) return nullptr;
-  if (n[0] < 0 || n[0] >= kCount) {
-    PyErr_SetString(PyExc_ValueError, "no such instruction set");
+  if (n[0] < 0 || n[0] >= kCount || n[3] < 1 || n[3] > kMaxTokens) {
+    PyErr_SetString(PyExc_ValueError, "no such instruction set, or not 1 to 16 tokens");
     return nullptr;
   }
-  return without_gil(
-      [&] { decode(*kSets[n[0]], at_address<const int64_t>(n[1]), n[2], n[3], static_cast<int>(n[4])); });
+  return without_gil([&] {
+    decode(*kSets[n[0]], at_address<const int64_t>(n[1]), at_address<const int64_t>(n[2]), static_cast<int>(n[3]),
+           static_cast<int>(n[4]));
+  });
 }
 
 // inputs, out, state, columns, scales, free, inner, moves, gains, table, lowest, highest, zero, first, type, threads
@@ -145,7 +147,7 @@ PyObject* py_instruction_sets(PyObject*, PyObject*) {
 }
 
 // Changes whenever Python passes other numbers or types of weights; sparsepack.native has the same.
-constexpr long kInterface = 5;
+constexpr long kInterface = 6;
 
 PyObject* py_interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 
