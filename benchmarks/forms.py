@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,39 +217,38 @@ def quantised_gguf(
         importance: mean squares of inputs by the tensor's name in the file.
 
     Raises:
-        ImportError: llama-cpp-python is not installed.
+        ImportError: llama-cpp-py-sync is not installed, whose wheel has llama.cpp compiled.
         RuntimeError: llama.cpp refuses.
     """
-    import llama_cpp
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
     if path.is_file():
         return path
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    settings.allow_requantize = (
-        True  # from the model's own values, which are what every other row starts from
-    )
+    interface = get_ffi()
+    library = get_lib()
+    settings = library.llama_model_quantize_default_params()
+    settings.ftype = getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    # from the model's own values, which are what every other row starts from
+    settings.allow_requantize = True
     settings.nthread = threads
-    arrays = {
-        name.encode(): values.contiguous().numpy()
-        for name, values in (importance or {}).items()
-    }
-    if arrays:
-        # a name of null ends the array
-        entries = (llama_cpp.llama_model_imatrix_data * (len(arrays) + 1))()
-        for entry, (name, values) in zip(entries, arrays.items(), strict=False):
-            entry.name, entry.size = name, values.size
-            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        settings.imatrix = ctypes.cast(
-            entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data)
-        )
+    kept = []  # what the array points to
+    # a name of null ends the array
+    entries = interface.new(
+        "struct llama_model_imatrix_data[]", len(importance or {}) + 1
+    )
+    for entry, (name, values) in zip(entries, (importance or {}).items(), strict=False):
+        called = interface.new("char[]", name.encode())
+        numbers = interface.new("float[]", values.tolist())
+        kept += [called, numbers]
+        entry.name = called
+        entry.data = numbers
+        entry.size = len(values)
+    if importance:
+        settings.imatrix = entries
     temporary = path.with_suffix(".part")
-    if (
-        llama_cpp.llama_model_quantize(
-            str(source).encode(), str(temporary).encode(), ctypes.byref(settings)
-        )
-        != 0
-    ):
+    pointer = interface.new("llama_model_quantize_params *", settings)
+    names = (str(source).encode(), str(temporary).encode())
+    if library.llama_model_quantize(*names, pointer) != 0:
         raise RuntimeError(f"llama.cpp could not quantise {source} to {kind}")
     temporary.replace(path)
     return path

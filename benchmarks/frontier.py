@@ -211,7 +211,7 @@ class Form:
 
 def forms(arguments: argparse.Namespace) -> Iterator[Form]:
     """All forms, other tools' first."""
-    by_llama_cpp = partial(version, "llama-cpp-python")
+    by_llama_cpp = partial(version, "llama-cpp-py-sync")
     for kinds, important, series in (
         (PLAIN, False, "llama.cpp"),
         (WITH_IMPORTANCE, True, "llama.cpp, importance"),

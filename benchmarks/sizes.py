@@ -5,7 +5,11 @@
     python benchmarks/sizes.py ... --programs llama.cpp --bits 5 6
     python benchmarks/sizes.py ... --bits --alike int4:0.3 int3:0.3 q4_0:0
 
+    python benchmarks/sizes.py ... --bits --theirs Q4_K_M IQ4_XS Q3_K_M     # pip install llama-cpp-py-sync
+
 Each row is one run: `bits` of a recipe for each program, and for `--alike` one type or grid with zeros by `threshold`.
+`--theirs` are
+llama.cpp's own mixtures of types, with importance from the same windows; embedding and head stay dense in every row.
 It is measured on every text: KL(dense ‖ compressed) in nats a token, and perplexity. Rows are appended to ``--csv``,
 with what was compared before the run and what that took; a row that is there already is not run again.
 """
@@ -17,10 +21,22 @@ import csv
 import json
 import re
 import shutil
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from forms import (
+    Numbers,
+    block_linears,
+    gguf_numbers,
+    importance_matrix,
+    open_dense,
+    quantised_gguf,
+    with_numbers,
+    write_gguf,
+)
 from measure import code_version, cpu_name
 from quality import OUT
 from wikipedia import write_news, write_wikipedia
@@ -28,7 +44,9 @@ from wikipedia import write_news, write_wikipedia
 import sparsellm
 from sparsellm.api import Opened
 from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.model.open import load_tokenizer
 from sparsellm.records import read_pruning
+from sparsellm.text.windows import calibration_windows
 from sparsepack.grids import GRIDS
 
 FIELDS = [
@@ -88,12 +106,70 @@ def run(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str, Any]]:
                 "zeros": round(record.sparsity_pruned, 4),
                 "seconds": round(sum(record.whole_seconds.values())),
                 "text": Path(text).name,
-                "kl": round(measured.against.kl, 4),
+                "kl": round(measured.against.kl, 6),
                 "perplexity": round(measured.value, 3),
                 "choice": json.dumps(record.allocation),
             }
         )
     shutil.rmtree(out)
+    return rows
+
+
+def run_theirs(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str, Any]]:
+    """The measurements of one of llama.cpp's mixtures, one for each text. Bits are those of the linears."""
+    directory = checkpoint_directory(asked.model)
+    tokenizer = load_tokenizer(directory)
+    windows = calibration_windows(
+        asked.calibration, tokenizer, asked.samples, asked.window, seed=seed
+    )
+    linears = block_linears(open_dense(directory))
+    found = importance_matrix(directory, windows)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="size-", dir=OUT) as folder:
+        source = Path(folder) / "dense.gguf"
+        parameters = write_gguf(open_dense(directory), source)
+        importance = {
+            called: found[name] for called, name in parameters.items() if name in found
+        }
+        began = time.process_time()
+        made = quantised_gguf(
+            source, row, Path(folder) / "made.gguf", importance=importance
+        )
+        seconds = time.process_time() - began
+        numbers = gguf_numbers(made, parameters)
+    inside = {
+        name: weight for name, weight in numbers.weights.items() if name in linears
+    }
+    stored = sum(numbers.bytes[name] for name in inside)
+    weights = sum(weight.numel() for weight in inside.values())
+    model = with_numbers(directory, Numbers(inside, {}))
+    settings = sparsellm.Recipe(products="float32")
+    for text in asked.texts:
+        measured = sparsellm.evaluate(
+            model,
+            text,
+            against=Opened(str(directory), settings, trust=False),
+            seq_len=asked.window,
+            max_tokens=asked.max_tokens,
+            tokenizer=tokenizer,
+        )
+        assert measured.against is not None
+        rows.append(
+            {
+                "code": code_version(),
+                "model": asked.model,
+                "row": row,
+                "seed": seed,
+                "effort": asked.effort,
+                "bits": round(8 * stored / weights, 4),
+                "zeros": 0.0,
+                "seconds": round(seconds),
+                "text": Path(text).name,
+                "kl": round(measured.against.kl, 6),
+                "perplexity": round(measured.value, 3),
+                "choice": "",
+            }
+        )
     return rows
 
 
@@ -115,6 +191,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", default=["sparsellm"])
     parser.add_argument("--bits", nargs="*", type=float, default=[4.19, 3.35])
     parser.add_argument("--alike", nargs="*", default=[], help="TYPE:SPARSITY")
+    parser.add_argument("--theirs", nargs="*", default=[], help="llama.cpp's mixtures")
     parser.add_argument("--seeds", nargs="+", type=int, default=[3])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
@@ -130,7 +207,7 @@ def main() -> None:
     rows = [f"{program} {bits:g}" for program in asked.programs for bits in asked.bits]
     print(f"{cpu_name()}, 1 thread, torch {torch.__version__}, code {code_version()}")
     for seed in asked.seeds:
-        for row in [*rows, *asked.alike]:
+        for row in [*rows, *asked.alike, *asked.theirs]:
             key = (code_version(), asked.model, row, str(seed), str(asked.effort))
             there = [
                 known_row
@@ -138,7 +215,8 @@ def main() -> None:
                 if tuple(known_row[name] for name in FIELDS[:5]) == key
             ]
             if not there:
-                there = run(asked, row, seed)
+                make = run_theirs if row in asked.theirs else run
+                there = make(asked, row, seed)
                 new = not asked.csv.is_file()
                 with asked.csv.open("a", newline="") as file:
                     writer = csv.DictWriter(file, FIELDS)

@@ -122,6 +122,15 @@ def test_the_candidate_that_diverges_least_is_taken(
         assert (types, zeros) == ({"int3"}, 0)
 
 
+@pytest.mark.parametrize(("by_linear", "best"), [(0.74, 0), (0.76, 1)])
+def test_a_mixture_must_be_better_than_one_form_with_zeros_by_a_margin(
+    by_linear: float, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "divergences", lambda *_: [by_linear, 1.0, 2.0])
+    report: Any = sized(wide(), "sparsellm", 4.3).allocation
+    assert report["chosen"] == report["candidates"][best]["name"]
+
+
 def test_an_impossible_size_names_the_least() -> None:
     with pytest.raises(RecipeError, match=r"bits 4.4 are .* at least 4.5 are possible"):
         sized(wide(), "llama.cpp", 4.4)
