@@ -541,6 +541,60 @@ def test_a_stop_cancels_what_runs_and_refuses_what_comes(model: Any) -> None:
     asyncio.run(run())
 
 
+def test_a_stop_refuses_what_waits_and_lets_finish_what_runs(model: Any) -> None:
+    """More jobs than run at once. One that does not stream gets its result alone."""
+
+    async def run() -> None:
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=3,
+            log=lambda _: None,
+        )
+        # four of them fill the room, which is that of four contexts
+        room = CONTEXT - len(prompt_ids(tiny_tokenizer())[0])
+        sampling = Sampling(ignore_eos=True)
+        running = [Job(prompt_ids, sampling, room) for _ in range(4)]
+        waiting = [Job(prompt_ids, sampling, room, streams=False) for _ in range(3)]
+        for job in (*running, *waiting):
+            worker.submit(job)
+        for job in running:
+            await job.event()
+        assert worker.state()["waiting"] == 3
+        worker.stop(60)
+        assert worker.state()["status"] == "stopping"
+        for job in waiting:
+            with pytest.raises(UnavailableError, match="the server is stopping"):
+                await job.event()
+        worker.stop(0)
+        assert await asyncio.to_thread(worker.ended, 30)
+        assert (worker.state()["waiting"], worker.state()["running"]) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_job_that_does_not_stream_gets_its_result_alone(model: Any) -> None:
+    async def run() -> Any:
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=1,
+            log=lambda _: None,
+        )
+        job = Job(prompt_ids, Sampling(), 20, streams=False)
+        worker.submit(job)
+        result = await job.event()
+        worker.stop(0)
+        return result
+
+    result = asyncio.run(run())
+    assert (result.new_tokens, result.finish) == (20, "length")
+
+
 def test_a_broken_request_leaves_the_server_alive(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -364,7 +364,7 @@ def application(worker: Worker, name: str) -> FastAPI:
     async def answer(asked: Asked, request: Request) -> Response:
         if asked.model not in (None, name):
             return unknown(asked.model)
-        job = Job(asked.ids, asked.sampling(), asked.limit)
+        job = Job(asked.ids, asked.sampling(), asked.limit, streams=asked.stream)
         made = Answer(asked, name)
         worker.submit(job)
         events = _events(job, request)
@@ -375,8 +375,6 @@ def application(worker: Worker, name: str) -> FastAPI:
                 return StreamingResponse(
                     _stream(event, events, made), media_type="text/event-stream"
                 )
-            while isinstance(event, str):
-                event = await anext(events)
         except GoneError:
             return Response(status_code=499)
         assert isinstance(event, Generation)
