@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -30,8 +27,9 @@ from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.serving.conftest import CONTEXT
+from tests.serving.process import KEY, serving
 
-KEY, MOST = "a-key-of-the-tests", 4000
+MOST = 4000
 PROMPT = "The while statement"
 ASKED: Any = [{"role": "user", "content": PROMPT}]
 TEMPLATED = f"user: {PROMPT}\nassistant:"
@@ -39,41 +37,6 @@ HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 OPEN = "accepts requests from other machines, which needs a key; set SPARSELLM_API_KEY"
 LONG = 8000  # tokens: seconds in which something can happen
 AT_ONCE = 16  # answers
-
-
-@contextmanager
-def serving(
-    directory: Path, *options: object, **environment: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process and its URL."""
-    command = [
-        sys.executable,
-        "-m",
-        "sparsellm",
-        "serve",
-        str(directory),
-        "--port",
-        "0",
-        *map(str, options),
-    ]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=variables
-    )
-    assert process.stderr is not None
-    try:
-        yield (
-            process,
-            next(
-                match[0]
-                for line in process.stderr
-                if (match := re.search(r"http://[^,]+/v1", line))
-            ),
-        )
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
