@@ -236,20 +236,22 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    plain = warnings.formatwarning
-
-    def formatted(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        line: str | None = None,
-    ) -> str:
-        """A note of ours as one line, and other warnings as Python shows them."""
-        if issubclass(category, Note):
-            return f"note: {message}\n"
-        return plain(message, category, filename, lineno, line=line)
-
-    warnings.formatwarning = formatted
+    warnings.formatwarning = _formatted
     # sizes of 0 in a config are refused later
     warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+
+
+_plain = warnings.formatwarning
+
+
+def _formatted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A note of ours as one line, and other warnings as Python shows them."""
+    if issubclass(category, Note):
+        return f"note: {message}\n"
+    return _plain(message, category, filename, lineno, line=line)
