@@ -17,7 +17,6 @@ from sparsellm.files.demo_model import BASE
 from sparsellm.files.named import as_typed
 from sparsellm.files.results import read_results
 from sparsellm.inputs import HUB_ID, dump_yaml, read_object, without_folders
-from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.records import Evaluation, Export, Pruning, read_pruning
 from sparsepack.checkpoint import PackedEntry, is_packed, packed_entries
@@ -80,6 +79,7 @@ def card(directory: Checkpoint) -> Path:
             file, other weights than those that were pruned, or a card that somebody else wrote or edited. Nothing is
             written."""
     directory = Path(directory).expanduser()
+    text = _text_of(directory)
     check_weights(directory)
     results = read_results(directory)
     if not results.evaluations and not results.exports:
@@ -87,7 +87,6 @@ def card(directory: Checkpoint) -> Path:
             f"{directory} was never evaluated; run `sparsellm eval` on it first"
         )
     check_card(directory)
-    text = _text_of(directory)
     with changing(directory) as write:
         return write(CARD, text.encode())
 
@@ -157,7 +156,6 @@ def card_text(
 
     base = run.base.model if HUB_ID.fullmatch(run.base.model or "") else None
     pattern = run.recipe.get("pattern")
-    fixed = isinstance(pattern, str) and parse_chosen(pattern) is None
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
@@ -166,7 +164,7 @@ def card_text(
             "sparsellm",
             "pruning",
             "sparsity",
-            *([f"sparsity-{pattern}"] if fixed else []),
+            *([f"sparsity-{pattern}"] if isinstance(pattern, str) else []),
         ],
         **run.base.model_dump(include=set(_LICENSE), exclude_none=True),
     )
