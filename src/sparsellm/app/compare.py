@@ -511,7 +511,7 @@ def cells_of(
     values: Sequence[str] = (),
     experts: Sequence[AnyNumber] = (),
 ) -> dict[str, Recipe]:
-    """The cells by name: every method at every sparsity, then with every pattern (auto:M at every sparsity); each with
+    """The cells by name: every method at every sparsity, then with every pattern; each with
     every type of ``values``, every entry of ``experts`` and, if the method has a sweep, every effort. ``base`` gives
     the other settings: options to methods that have them, those of a sweep to methods with one. A RecipeError if no
     method, or neither sparsity nor pattern, is given, one is repeated or wrong, or no method has an option of base."""
@@ -529,13 +529,7 @@ def cells_of(
     _check_base(recipe, entries, swept, values=values, efforts=efforts)
     cells: dict[str, Recipe] = {}
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
-    for pattern in patterns:
-        of_pattern: list[Settings] = [{"pattern": pattern}]
-        if pattern.startswith("auto") and sparsities:  # such a pattern has a sparsity
-            of_pattern = [
-                {"pattern": pattern, "sparsity": sparsity} for sparsity in sparsities
-            ]
-        targets += of_pattern
+    targets += [{"pattern": pattern} for pattern in patterns]
     typed: list[Settings] = [{"values": kind} for kind in values] or [{}]
     fewer: list[Settings] = [{"experts": setting} for setting in experts] or [{}]
     for left, target, entry, kept in product(fewer, targets, entries, typed):
@@ -590,11 +584,10 @@ def _check_base(
 
 def _name_of(recipe: Recipe, *, with_effort: bool) -> str:
     """The name of a cell's directory, such as ``sparsellm-0.5-effort2-int4``."""
-    sparsity = f"{recipe.sparsity:g}"
-    target = sparsity if recipe.pattern is None else recipe.pattern.replace(":", "-")
+    target = f"{recipe.sparsity:g}"
+    if recipe.pattern is not None:
+        target = recipe.pattern.replace(":", "-")
     parts = [recipe.method, target]
-    if recipe.chosen_of is not None:
-        parts.append(sparsity)
     if recipe.experts is not None:
         parts.append(f"experts{recipe.experts:g}")
     if with_effort:
