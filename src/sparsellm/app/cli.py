@@ -968,7 +968,7 @@ def generate(
 def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
     """Serve MODEL to clients of OpenAI's API: chat, completions, streaming.
 
-    Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
+    Needs fastapi and uvicorn. A key, which clients must send, comes from the environment or a file."""
     from sparsellm.app import console
     from sparsellm.inputs import parse_bytes
 
@@ -979,7 +979,7 @@ def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
         if missing.name not in ("fastapi", "starlette", "uvicorn"):
             raise
         raise MissingExtraError(
-            f'{missing.name} is not installed: pip install "sparsellm[serve]"'
+            f"{missing.name} is not installed: pip install fastapi uvicorn"
         ) from None
     running = use.take_running(options)
     settings = use.made(
