@@ -27,7 +27,7 @@ from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.files.files import replace_atomically
 from sparsellm.files.named import is_gguf
-from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.files.resolve import checkpoint_directory, config_place
 from sparsellm.inputs import parse_bytes
 from sparsellm.model import Chain, open_chain
 from sparsellm.progress import ProgressCallback, ignore
@@ -402,6 +402,8 @@ def _converter(
     if converter is None:
         of_gguf = str(model) == "demo" or is_gguf(model)
         if program == "llama.cpp" and not of_gguf:
+            # a model that does not exist needs no converter either
+            config_place(str(model))
             raise RecipeError(MAKE_TEMPLATE)
         return None
     if program != "llama.cpp":
@@ -481,4 +483,6 @@ def bytes_of(place: Path) -> int:
 
 
 def _mb(size: int) -> str:
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} kB"
     return f"{size / 1e6:,.1f} MB"

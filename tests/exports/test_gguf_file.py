@@ -247,6 +247,19 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("head", ["q8_0", "q6_k"])
+def test_values_beyond_a_type_of_gguf_are_refused(head: str, tmp_path: Path) -> None:
+    model = wide_llama(hidden_size=256, num_hidden_layers=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5, 7] = 1e30
+    directory = pruned(model, tmp_path, "q4_0")
+    kind = head.upper()
+    said = rf"^token_embd\.weight has 1e\+30, which {kind} of GGUF cannot hold; check"
+    with pytest.raises(ModelError, match=said):
+        exported(directory, head=head)
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
     directory = pruned(
         wide_llama(hidden_size=256, num_hidden_layers=1), tmp_path / "wide", "q4_0"

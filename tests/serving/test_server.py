@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -30,8 +27,9 @@ from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.serving.conftest import CONTEXT
+from tests.serving.process import KEY, serving
 
-KEY, MOST = "a-key-of-the-tests", 4000
+MOST = 4000
 PROMPT = "The while statement"
 ASKED: Any = [{"role": "user", "content": PROMPT}]
 TEMPLATED = f"user: {PROMPT}\nassistant:"
@@ -39,41 +37,6 @@ HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 OPEN = "accepts requests from other machines, which needs a key; set SPARSELLM_API_KEY"
 LONG = 8000  # tokens: seconds in which something can happen
 AT_ONCE = 16  # answers
-
-
-@contextmanager
-def serving(
-    directory: Path, *options: object, **environment: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process and its URL."""
-    command = [
-        sys.executable,
-        "-m",
-        "sparsellm",
-        "serve",
-        str(directory),
-        "--port",
-        "0",
-        *map(str, options),
-    ]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=variables
-    )
-    assert process.stderr is not None
-    try:
-        yield (
-            process,
-            next(
-                match[0]
-                for line in process.stderr
-                if (match := re.search(r"http://[^,]+/v1", line))
-            ),
-        )
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -539,6 +502,60 @@ def test_a_stop_cancels_what_runs_and_refuses_what_comes(model: Any) -> None:
         assert worker.state()["cancelled"] == 2
 
     asyncio.run(run())
+
+
+def test_a_stop_refuses_what_waits_and_lets_finish_what_runs(model: Any) -> None:
+    """More jobs than run at once. One that does not stream gets its result alone."""
+
+    async def run() -> None:
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=3,
+            log=lambda _: None,
+        )
+        # four of them fill the room, which is that of four contexts
+        room = CONTEXT - len(prompt_ids(tiny_tokenizer())[0])
+        sampling = Sampling(ignore_eos=True)
+        running = [Job(prompt_ids, sampling, room) for _ in range(4)]
+        waiting = [Job(prompt_ids, sampling, room, streams=False) for _ in range(3)]
+        for job in (*running, *waiting):
+            worker.submit(job)
+        for job in running:
+            await job.event()
+        assert worker.state()["waiting"] == 3
+        worker.stop(60)
+        assert worker.state()["status"] == "stopping"
+        for job in waiting:
+            with pytest.raises(UnavailableError, match="the server is stopping"):
+                await job.event()
+        worker.stop(0)
+        assert await asyncio.to_thread(worker.ended, 30)
+        assert (worker.state()["waiting"], worker.state()["running"]) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_job_that_does_not_stream_gets_its_result_alone(model: Any) -> None:
+    async def run() -> Any:
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=1,
+            log=lambda _: None,
+        )
+        job = Job(prompt_ids, Sampling(), 20, streams=False)
+        worker.submit(job)
+        result = await job.event()
+        worker.stop(0)
+        return result
+
+    result = asyncio.run(run())
+    assert (result.new_tokens, result.finish) == (20, "length")
 
 
 def test_a_broken_request_leaves_the_server_alive(

@@ -36,6 +36,7 @@ from sparsellm.errors import (
     MissingExtraError,
     RecipeError,
     StorageError,
+    shown,
 )
 from sparsellm.progress import ProgressCallback
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT, Recipe
@@ -838,6 +839,10 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 )
 def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed:
     """Write DIRECTORY for llama.cpp (GGUF), vLLM (compressed-tensors) or plain transformers, without loss."""
+    if options["to"] not in ("gguf", "compressed-tensors", "transformers"):
+        raise RecipeError(
+            f"--to is {shown(options['to'])}; write gguf (for llama.cpp), compressed-tensors (for vLLM) or transformers"
+        )
     if options["to"] == "transformers":
         return _unpack(directory, progress, options)
     from sparsellm.app import tables

@@ -308,10 +308,10 @@ class Contents:
             scales = torch.cat([scales for _, scales in parts])
             return to_blocks(codes[order], scales[order], self._grid(tensor))
         if not all(map(self._same, keys)):
-            return quantised(self._trained(tensor).numpy(), kind)
+            return _stored(tensor.name, self._trained(tensor), kind)
         if kind == tensor.tensor_type:
             return tensor.data
-        return quantised(values_of(tensor).numpy(), kind)
+        return _stored(tensor.name, values_of(tensor), kind)
 
     def _trained(self, tensor: gguf.ReaderTensor) -> Tensor:
         """Rows of the checkpoint's tensor, which is not that of the source, as the template would have them."""
@@ -381,6 +381,19 @@ class Contents:
             f"{self.model.reader.directory} was not pruned from {self.template.path}, which {what}; give the .gguf "
             f"file that was pruned, or {CONVERTER_ADVICE}"
         )
+
+
+def _stored(name: str, values: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Rows of a tensor in a type of GGUF. Raises ModelError where its scales cannot hold them, as they would be
+    infinite."""
+    try:
+        with np.errstate(over="raise"):
+            return quantised(values.numpy(), kind)
+    except FloatingPointError:
+        largest = float(values.abs().max())
+        raise ModelError(
+            f"{name} has {largest:.3g}, which {kind.name} of GGUF cannot hold; check the weights of the model"
+        ) from None
 
 
 def _value(field: gguf.ReaderField) -> GGUFValue:
