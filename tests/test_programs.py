@@ -18,6 +18,7 @@ from sparsellm.app import tables
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError
 from tests.exports.checkpoints import IDS, wide_llama
 from tests.models import converter, save_tiny, tiny_tokenizer
+from tests.models.in_gguf import Kind, write_gguf
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 32, "effort": 0}
 
@@ -118,6 +119,32 @@ def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) ->
     report = (tmp_path / "small.html").read_text()
     assert "sparsellm report" in report
     assert f"{again.evaluation.value:.4g}" in report
+
+
+def test_a_size_counts_the_smaller_type_of_embedding_and_head(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file in q4_0 saves there, next to q8_0, is left for the linears."""
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    model = wide_llama(num_hidden_layers=1)
+    settings = {**SETTINGS, "calibration": str(home / "text.txt")}
+
+    def bits(kind: Kind) -> float:
+        source = write_gguf(model, tmp_path / f"{kind.name}.gguf", kind)
+        order = programs.ordered(
+            source,
+            settings,
+            program="llama.cpp",
+            out=tmp_path / "out.gguf",
+            size="80000B",
+        )
+        return order.request.recipe.bits or 0
+
+    of_linears = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96
+    outside = 2 * model.get_input_embeddings().weight.numel()
+    more = (bits(Kind.Q4_0) - bits(Kind.F16)) * of_linears
+    # those of the keys, and the places of tensors
+    assert more == pytest.approx((8.5 - 4.5) * outside, abs=8 * 64)
 
 
 def test_a_model_that_is_not_converted_is_refused_at_once(

@@ -44,7 +44,7 @@ from sparsellm.text.sources import settle_calibration
 ProgramName = Literal["llama.cpp", "vllm", "sparsellm", "transformers"]
 MOST_BITS = 16.0
 Bits = Annotated[float, Field(gt=0, le=MOST_BITS)]
-# type of embedding and head in a file for llama.cpp
+# type of embedding and head in a file for llama.cpp, unless the .gguf file that is pruned has a smaller one
 HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
 # A directory has a report and a card next to its weights, and records of each linear.
 REPORT_BYTES = 2_100_000
