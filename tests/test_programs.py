@@ -71,6 +71,17 @@ def test_a_packed_directory_has_the_size_and_names_its_forms(
     logits(out)
 
 
+def test_a_size_of_auto_is_decided_by_divergence(home: Path, tmp_path: Path) -> None:
+    result = compress(home, tmp_path / "out", program="sparsellm", size="auto")
+    assert result.asked_bytes is None
+    assert result.run.recipe["divergence"] == "Q4_K_M"
+    candidates = result.run.allocation["candidates"]
+    assert isinstance(candidates, list)
+    divergence = {x["name"]: x["divergence"] for x in candidates}  # type: ignore[index, call-overload]
+    assert divergence["by linear"] <= divergence["Q4_K_M"]
+    logits(tmp_path / "out")
+
+
 def test_linears_that_stay_dense_count_for_the_size(home: Path, tmp_path: Path) -> None:
     """Each linear that is left out takes 16 bits a weight from the others."""
     settings = {**SETTINGS, "calibration": str(home / "text.txt")}
@@ -289,6 +300,10 @@ def test_transformers_gets_a_sparsity(home: Path, tmp_path: Path) -> None:
         ),
         ({"program": "vllm", "bits": 4.5, "converter": "x.py"}, "leave it out"),
         ({"program": "ollama", "bits": 4.5}, "program"),
+        ({"program": "vllm", "size": "auto:x"}, "'auto:x' names no divergence"),
+        ({"program": "vllm", "size": "auto:-1"}, "such as auto:0.05"),
+        ({"program": "vllm", "size": "auto", "bits": 4.5}, "give one"),
+        ({"program": "transformers", "size": "auto"}, "give a sparsity"),
     ],
     ids=str,
 )
