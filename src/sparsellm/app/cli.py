@@ -233,7 +233,10 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
         name="program",
     ),
     option(
-        "--size SIZE", "Size of the whole file or directory, such as 4GB.", use.COMMON
+        "--size SIZE",
+        "Size of the whole file or directory, such as 4GB; auto for the smallest with at most the divergence of "
+        "llama.cpp's Q4_K_M, auto:0.05 with at most 0.05 nats.",
+        use.COMMON,
     ),
     option(
         "--bits B",
@@ -336,7 +339,7 @@ def _check_values(
         raise RecipeError(
             f"--head {head} is of the packed model; give --pack DIR, or leave it out"
         )
-    elif recipe.grid == "own" and recipe.values != "keep" and recipe.bits is None:
+    elif recipe.grid == "own" and recipe.values != "keep" and recipe.program is None:
         note(progress, [other_grids(recipe.values)])
 
 
