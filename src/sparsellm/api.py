@@ -379,14 +379,15 @@ def pack_and_measure(
 def keep_results(
     directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]
 ) -> None:
-    """Adds results to those of a checkpoint (``results.json``), then writes its card and report again. Raises
+    """Adds results to those of a checkpoint (``results.json``), then writes its report and card again. Raises
     StorageError if :func:`prune` or ``pack`` did not write it, or, after results were added, if its card was edited."""
     read_pruning(directory := Path(directory).expanduser())
     for result in results:
         append_result(directory, result)
-    card(directory)
     with suppress(MissingExtraError):  # the run has said what to install
         write_report(directory)
+    # last, since a card that has all results says that nothing is left to write
+    card(directory)
 
 
 class Opened:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import numbers
 import os
 import re
@@ -122,6 +123,16 @@ def _tokens(value: Any) -> Any:
     return int(match[1]) * {"": 1, "K": 1000, "M": 10**6}[match[2].upper()]
 
 
+def _divergence(value: Any) -> Any:
+    """The divergence, if it is a name that is known or a positive number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value in (None, "Q4_K_M") or (number and 0 < value < math.inf):
+        return value
+    raise RecipeError(
+        f"divergence {shown(value)} is unknown; give Q4_K_M, or nats a token above 0"
+    )
+
+
 Integer = Annotated[int, BeforeValidator(_integer)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=MOST_TOKENS)]
 Bos = Annotated[
@@ -203,8 +214,14 @@ class Recipe(BaseModel):
     bits: Annotated[float | None, Field(gt=0, le=16)] = None
     """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every
     linear gets a type and a sparsity of its own; this implies values mixed, and no sparsity is given."""
+    divergence: Annotated[
+        Literal["Q4_K_M"] | float | None, BeforeValidator(_divergence)
+    ] = None
+    """Most divergence from the dense model, in place of `bits`: nats a token, or Q4_K_M for that of llama.cpp's
+    mixture. The smallest size with it is taken, as a quick pass on held-out windows before the run finds it."""
     program: Literal["sparsellm", "llama.cpp", "vllm"] | None = None
-    """The program whose types linears get with `bits`: sparsellm (the packed format), llama.cpp or vllm."""
+    """The program whose types linears get with `bits` or `divergence`: sparsellm (the packed format), llama.cpp or
+    vllm."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""
     allocation: Annotated[
@@ -375,10 +392,19 @@ class Recipe(BaseModel):
         return self
 
     def _size_decides(self) -> None:
-        """Sets what ``bits`` and ``program`` imply, and refuses what they leave no choice of."""
-        if (self.bits is None) != (self.program is None):
-            raise RecipeError("bits and program go together; give both or none")
-        if self.bits is None:
+        """Sets what a size and its program imply, and refuses what they leave no choice of."""
+        if self.bits is not None and self.divergence is not None:
+            raise RecipeError("bits and divergence both decide the size; give one")
+        size = f"divergence {self.divergence}"
+        if self.bits is not None:
+            size = f"bits {self.bits:g}"
+        sized = self.bits is not None or self.divergence is not None
+        if sized != (self.program is not None):
+            raise RecipeError(
+                "bits and program go together, as do divergence and program; give both "
+                "or none"
+            )
+        if not sized:
             if self.values == "mixed":
                 raise RecipeError(
                     "values mixed comes from a size; give bits and program"
@@ -396,12 +422,12 @@ class Recipe(BaseModel):
             given = getattr(self, name)
             if name in self.model_fields_set and given != value:
                 raise RecipeError(
-                    f"bits {self.bits:g} chooses zeros and types by linear, and {name} {given} says otherwise; give one"
+                    f"{size} chooses zeros and types by linear, and {name} {given} says otherwise; give one"
                 )
             object.__setattr__(self, name, value)
         if self.allocation not in (None, "threshold"):
             raise RecipeError(
-                f"bits {self.bits:g} takes allocation threshold, not {self.allocation}; leave it out"
+                f"{size} takes allocation threshold, not {self.allocation}; leave it out"
             )
 
     def _take_grid(self, grid: Grid) -> None:
@@ -431,7 +457,7 @@ class Recipe(BaseModel):
         pattern with a choice of N, ``preferred``, or ``threshold`` where that is ``uniform``; else ``preferred``."""
         if self.allocation is not None:
             return self.allocation
-        if self.bits is not None:
+        if self.program is not None:
             return "threshold"
         if self.chosen_of is not None:
             return "threshold" if preferred == "uniform" else preferred

@@ -634,5 +634,5 @@ def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert (
         run("serve", "nowhere", exits=2)[2]
-        == 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n'
+        == "error: uvicorn is not installed: pip install fastapi uvicorn\n"
     )

@@ -41,7 +41,7 @@ from sparsellm.records import (
     read_pruning,
 )
 from sparsellm.registry import Entry
-from sparsellm.report.card import check_card
+from sparsellm.report.card import check_card, is_behind
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.comparison import (
     Candidate,
@@ -289,7 +289,8 @@ def _check_cell(pruned: Path, recipe: Recipe, dense: _Dense, *, speed: bool) -> 
     for directory in finished:
         known = read_checkpoint(directory)
         measured = dense.evaluation_in(directory) is not None
-        if not measured or (speed and known.decoding() is None):
+        complete = measured and not (speed and known.decoding() is None)
+        if not complete or is_behind(directory):
             check_card(directory)
             check_page(directory / REPORT)
 
@@ -438,6 +439,8 @@ def _run(
         for directory in directories:
             if dense.evaluation_in(directory) is None:
                 api.keep_results(directory, [evaluation])
+            elif is_behind(directory):
+                api.keep_results(directory, [])
 
     parallel.from_main(keep)
     if speed and read_checkpoint(packed).decoding() is None:

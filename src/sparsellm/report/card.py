@@ -80,7 +80,6 @@ def card(directory: Checkpoint) -> Path:
             file, other weights than those that were pruned, or a card that somebody else wrote or edited. Nothing is
             written."""
     directory = Path(directory).expanduser()
-    run = read_pruning(directory)
     check_weights(directory)
     results = read_results(directory)
     if not results.evaluations and not results.exports:
@@ -88,17 +87,33 @@ def card(directory: Checkpoint) -> Path:
             f"{directory} was never evaluated; run `sparsellm eval` on it first"
         )
     check_card(directory)
+    text = _text_of(directory)
+    with changing(directory) as write:
+        return write(CARD, text.encode())
+
+
+def is_behind(directory: Path) -> bool:
+    """Whether the card of a checkpoint is sparsellm's, and another than :func:`card` would write: a process was killed
+    after it had added results."""
+    path = directory / CARD
+    if not is_unedited(path):
+        return False
+    return path.read_text("utf-8") != _text_of(directory)
+
+
+def _text_of(directory: Path) -> str:
+    """The text of a checkpoint's card, from its records."""
+    run = read_pruning(directory)
+    results = read_results(directory)
     config = (
         read_object(directory / "config.json")
         if (directory / "config.json").is_file()
         else {}
     )
     packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
-    text = card_text(
+    return card_text(
         run, results.shown(), packed=packed.values(), files=results.exports
     )
-    with changing(directory) as write:
-        return write(CARD, text.encode())
 
 
 def check_card(directory: Path) -> None:

@@ -215,7 +215,7 @@ def _library() -> tuple[str, str]:
         )
     except (ModuleNotFoundError, FileNotFoundError):
         raise MissingExtraError(
-            "a report needs the package plotly: pip install 'sparsellm[report]'"
+            "a report needs the package plotly: pip install plotly"
         ) from None
     return base64.b64encode(gzip.compress(source.encode("utf-8"), 6, mtime=0)).decode(
         "ascii"

@@ -79,7 +79,7 @@ def survey(
             journal.keep_output_costs(costs)
     if allocates:
         with clock.phase("allocation"):
-            if decided.recipe.bits is None:
+            if decided.recipe.program is None:
                 chosen = _allocate(choice, decided.recipe, feed, sizes, gradients)
             else:
                 chosen = choose_forms(

@@ -104,7 +104,9 @@ def _key(file: Path | None) -> str | None:
         try:
             read = read_bytes(file.expanduser(), 4096, RecipeError, pipe=True)
         except (RecipeError, RuntimeError) as failed:  # RuntimeError: no such user
-            raise RecipeError(f"--key-file: {failed}") from None
+            raise RecipeError(
+                f"--key-file: {failed}; check the path, or leave it out"
+            ) from None
         given = read.decode("ascii", "replace").strip()
         where = f"--key-file {file}"
     fits = given is None or (
