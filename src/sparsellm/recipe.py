@@ -217,8 +217,8 @@ class Recipe(BaseModel):
     divergence: Annotated[
         Literal["Q4_K_M"] | float | None, BeforeValidator(_divergence)
     ] = None
-    """Most divergence from the dense model, in place of `bits`: nats a token, or Q4_K_M for that of llama.cpp's mixture.
-    The smallest size with it is taken, as a quick pass on held-out windows before the run finds it."""
+    """Most divergence from the dense model, in place of `bits`: nats a token, or Q4_K_M for that of this type of
+    llama.cpp. A quick pass on held-out windows before the run finds the smallest size with it."""
     program: Literal["sparsellm", "llama.cpp", "vllm"] | None = None
     """The program whose types linears get with `bits` or `divergence`: sparsellm (the packed format), llama.cpp or
     vllm."""
