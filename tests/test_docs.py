@@ -80,7 +80,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
-    named = re.findall(r'= "(\w+\.md)"', (ROOT / "zensical.toml").read_text("utf-8"))
+    named = re.findall(r'= "([\w-]+\.md)"', (ROOT / "zensical.toml").read_text("utf-8"))
     assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 

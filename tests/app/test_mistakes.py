@@ -121,6 +121,8 @@ MISTAKES = [
     ("prune model --out p --size 4GB", "has no option --size; it belongs to compress;"),
     (f"{PRUNE} --samples 4 --set samples=8", "samples is given by an option and by"),
     (f"{PRUNE} --seq-len -5 --set seq_len=16", "seq_len is given by an option and by"),
+    (f"{PRUNE} --calibration pycode:0.5,pydoc", "'pydoc' in 'pycode:0.5,pydoc' has no"),
+    ("serve packed --name ''", "--name is '': it should have at least 1 character"),
     ("serve packed --key-file no.key", "check the path, or leave it out"),
     ("compress model --out s", "give --for and one of llama.cpp, vllm, sparsellm, tra"),
     ("compress model --for ollama --out s", "'llama.cpp', 'vllm', 'sparsellm' or 'tra"),

@@ -16,6 +16,7 @@ from by_hand import exponents_of, packed_of
 from sparsellm.files.contents import write_list
 from sparsepack import decode, generation, native
 from sparsepack.codes import text_of_exponents
+from sparsepack.compiled import instruction_sets
 from sparsepack.decode import Cache, Decoder, decodes
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.generation import Sampling
@@ -208,6 +209,34 @@ def test_a_dense_model_is_decoded_from_its_own_weights(
     for position in range(1, 16):
         (logits,) = decoder.step([int(ids[0, position])], [cache])
         assert torch.allclose(logits, expected[position], atol=close)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", instruction_sets())
+def test_keys_and_values_are_kept_in_the_dtype_of_the_model(
+    kernel: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 84 numbers: many vectors of an instruction set, one, and a rest."""
+    monkeypatch.setattr(native, "available", lambda: kernel)
+    packed_model(tmp_path, head_dim=84, intermediate_size=200)
+    model = sparsellm.load(tmp_path / "dense", dtype=dtype)
+    ids = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.float()(ids).logits[0]
+    model = model.to(dtype)
+    decoder = Decoder(model, 24)
+    cache = Cache(decoder, 24)
+    assert cache.numbers.dtype == dtype
+    (logits,) = cache.read(ids[:, :1])
+    for position in range(1, 24):
+        (logits,) = decoder.step([int(ids[0, position])], [cache])
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(logits, expected[23], atol=close)
+    with torch.no_grad():
+        kept = model.float()(ids, use_cache=True).past_key_values.layers[1]
+    assert torch.allclose(cache.numbers[1, 0].float(), kept.keys[0], atol=close)
+    assert torch.allclose(cache.numbers[1, 1].float(), kept.values[0], atol=close)
 
 
 @kernels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -328,6 +329,45 @@ def test_a_bad_body_is_one_line_that_names_it(
     message = answer.json()["error"]["message"]
     assert said in message
     assert "\n" not in message
+
+
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
+    *("frequency_penalty", "presence_penalty", "max_tokens", "ignore_eos", "stream"),
+)
+STRANGE: list[Any] = [
+    *(None, True, 0, 1, -1, 2, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**63, 10**400),
+    *("", "1", "\ud800", "x" * 600, [], ["a", ""], ["a"] * 9, {}, [None], [[1]]),
+    *(float("nan"), float("inf"), -2, 0.999999, 1e-9, "nan"),
+]
+
+
+@pytest.mark.parametrize("many", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_generated_parameters_are_refused_in_a_line_or_taken(
+    many: int, url: str
+) -> None:
+    chance = random.Random(7)
+    for number in range(many):
+        body: Any = {"messages": ASKED, "max_tokens": 2}
+        for name in chance.sample(SAMPLING, chance.choice((1, 2, 3))):
+            body[name] = chance.choice(STRANGE)
+        if body["max_tokens"] is None or body["max_tokens"] is True:
+            body["max_tokens"] = 2
+        sent = json.dumps(body)
+        answer = httpx.post(f"{url}/chat/completions", content=sent, headers=HEADERS)
+        shown = (number, sent[:300], answer.text[:300])
+        assert answer.status_code in (200, 400), shown
+        if answer.status_code == 400:
+            message = answer.json()["error"]["message"]
+            assert any(name in message for name in body), shown
+            assert "\n" not in message, shown
+            assert len(message) < 400, shown
+        elif body.get("stream"):
+            assert answer.text.endswith("data: [DONE]\n\n"), shown
+            assert '"error"' not in answer.text, shown
+        else:
+            assert answer.json()["usage"]["completion_tokens"] <= body["max_tokens"]
+    assert health(url)["status"] == "ok"
 
 
 def test_an_end_of_text_can_be_ignored(

@@ -368,7 +368,9 @@ def _seconds(
     swept = extent.swept / (extent.ranks if sweep in RESIDENT else 1)
     sweeping = swept * 5 * (forward + head) / BUSY
     moving = work.weights * 32 / speeds.memory
-    sweeping += swept / STEP_TOKENS * (moving + work.blocks * BLOCK_STEP)
+    # a pass has a step of its own, however short its text is
+    steps = max(swept / STEP_TOKENS, choice.passes)
+    sweeping += steps * (moving + work.blocks * BLOCK_STEP)
     # 10. The checkpoint is read and checked, and every copy of it is written.
     reading = stored / DISK
     return {

@@ -1,5 +1,6 @@
 // AVX-512 with VBMI2 (Ice Lake, Sapphire Rapids, Zen 4 and later): bytes and halves are spread by one expand.
 #include "kernels.h"
+#include "numbers.h"
 
 #ifdef SPARSELLM_X86
 #include "target.h"
@@ -89,8 +90,7 @@ const InstructionSet kAvx512Vbmi2 = {
     int8_to_fp32,
     fp32_to_bf16,
     &kIntegerAvx512Vnni,
-    attention_scores,
-    attention_values,
+    kAttend,
 };
 
 }  // namespace sparsellm

@@ -92,6 +92,15 @@ struct Integer {
   void (*starts)(const int8_t* codes, int64_t words, int unit, int32_t* out);
 };
 
+// What the keys and values of a sequence are stored in.
+enum CacheType : int { kCacheFp32 = 0, kCacheBf16 = 1, kCacheTypes = 2 };
+
+// A query of `size` floats against n keys, and the sum of n values; see attention.h.
+struct Attend {
+  void (*scores)(const float* query, const void* keys, int64_t n, int64_t size, float scale, float* scores);
+  void (*values)(const float* weights, const void* values, int64_t n, int64_t size, float* out);
+};
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
@@ -107,8 +116,7 @@ struct InstructionSet {
   // As numbers.h rounds; null where that is what is used. May read and write kSlack bytes past the end.
   void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);
   const Integer* integer;
-  void (*attention_scores)(const float* query, const float* keys, int64_t n, int64_t size, float scale, float* scores);
-  void (*attention_values)(const float* weights, const float* values, int64_t n, int64_t size, float* out);
+  const Attend* attend;  // by CacheType
 };
 
 extern const InstructionSet kScalar;

@@ -147,7 +147,7 @@ PyObject* py_instruction_sets(PyObject*, PyObject*) {
 }
 
 // Changes whenever Python passes other numbers or types of weights; sparsepack.native has the same.
-constexpr long kInterface = 6;
+constexpr long kInterface = 7;
 
 PyObject* py_interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 
