@@ -202,7 +202,7 @@ def test_the_help_is_short_and_begins_with_what_is_common(run: Any) -> None:
         (["--recipe", "{tmp}/r.yaml"], "seed", 7),
         (["--recipe", "{tmp}/r.yaml", "--set", "seed=8"], "seed", 8),
         (
-            ["--recipe", "{tmp}/r.yaml", "--effort", "1", "--set", "effort=2"],
+            ["--recipe", "{tmp}/r.yaml", "--set", "effort=2"],
             "effort",
             2,
         ),
