@@ -189,12 +189,17 @@ def field(name: str, panel: str = "", help: str = "") -> Parameter:
         text += f" Known: {', '.join(sorted(registered(*line.registered)))}."
     if repeated:
         text += " Repeatable."
+    written = default
+    if default is None:
+        written = line.null
+    elif repeated:
+        written = ""
     made = option(
         f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
         text,
         panel or line.panel,
         kind=list[str] if repeated else None,
-        shown=line.null if default is None else "" if repeated else default,
+        shown=written,
         values=partial(registered, *line.registered) if line.registered else choices,
     )
     return made.replace(name=name)
