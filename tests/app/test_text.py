@@ -216,7 +216,7 @@ def test_an_option_sets_its_field(
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Options override the file, and ``--set`` the options."""
+    """Options and ``--set`` override the file."""
     (tmp_path / "r.yaml").write_text("seed: 7\nsamples: 5\n")
     recipe = recipe_of(
         run, monkeypatch, [word.replace("{tmp}", str(tmp_path)) for word in arguments]
