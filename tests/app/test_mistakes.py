@@ -126,7 +126,10 @@ MISTAKES = [
     ("serve packed --key-file no.key", "check the path, or leave it out"),
     ("compress model --out s", "give --for and one of llama.cpp, vllm, sparsellm, tra"),
     ("compress model --for ollama --out s", "'llama.cpp', 'vllm', 'sparsellm' or 'tra"),
-    ("compress model --for vllm --out s", "give --size, such as 4GB, or --bits, such"),
+    (
+        "compress model --for vllm --out s",
+        "give --size, such as 4GB or auto, or --bits, such",
+    ),
     ("compress model --for sparsellm --size 4 GB --out s", "write --size 4GB"),
     (
         "compress model --for sparsellm --size 1KB --out s",

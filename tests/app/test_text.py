@@ -201,7 +201,11 @@ def test_the_help_is_short_and_begins_with_what_is_common(run: Any) -> None:
         (["--effort", "2", "--set", "seed=3"], "effort", 2),
         (["--recipe", "{tmp}/r.yaml"], "seed", 7),
         (["--recipe", "{tmp}/r.yaml", "--set", "seed=8"], "seed", 8),
-        (["--recipe", "{tmp}/r.yaml", "--effort", "1"], "effort", 1),
+        (
+            ["--recipe", "{tmp}/r.yaml", "--set", "effort=2"],
+            "effort",
+            2,
+        ),
     ],
 )
 def test_an_option_sets_its_field(

@@ -49,6 +49,11 @@ OWN = "sparsellm"
 LLAMA_CPP = "llama.cpp"
 VLLM = "vllm"
 SPARSITIES = (0.0, 0.3, 0.5, 0.7)  # at which forms of the packed format are measured
+# Grids that are not measured: int8 activations lose more at the same bytes, no kernel of vLLM reads int3, and iq4_nl
+# loses less than q4_0 at its bytes.
+NEVER = frozenset({"w8a8", "w3a16", "q4_0"})
+# grids that the packed format stores dense, with scales of more than 32 columns
+WIDER = ("w4a16-64", "w4a16", "w3a16")
 # zeros of one form for all: with more of them another type is better
 MOST_ZEROS = 0.6
 WITH_ZEROS = 2  # types with zeros that are compared
@@ -67,18 +72,17 @@ def forms_for(program: str, columns: int) -> list[Form]:
     """The forms that are measured for a program, of linears with this many inputs."""
     if program == OWN:
         grouped = [Form(t, s) for t in ("int4", "int3") for s in SPARSITIES]
-        return [Form("int8"), Form("int6"), Form("int5"), *grouped]
+        wider = [Form(name) for name in WIDER if columns % GRIDS[name].group == 0]
+        return [Form("int8"), Form("int6"), Form("int5"), *grouped, *wider]
     formats = {LLAMA_CPP: "gguf", VLLM: "compressed-tensors"}
     names = [
         grid.name
         for grid in GRIDS.values()
         if grid.form == formats[program]
+        and grid.name not in NEVER
         # llama.cpp takes another type where one does not divide a row
         and columns % (grid_for(grid.name, columns).columns or columns) == 0
     ]
-    if program == VLLM:
-        # int8 activations lose more at the same bytes, and no kernel reads int3
-        names = [name for name in names if name not in ("w8a8", "w3a16")]
     return [Form(name) for name in names]
 
 
