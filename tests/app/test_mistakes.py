@@ -123,6 +123,11 @@ MISTAKES = [
     (f"{PRUNE} --seq-len -5 --set seq_len=16", "seq_len is given by an option and by"),
     (f"{PRUNE} --calibration pycode:0.5,pydoc", "'pydoc' in 'pycode:0.5,pydoc' has no"),
     ("serve packed --name ''", "--name is '': it should have at least 1 character"),
+    ("demo --out packed", "--out packed is a checkpoint itself; name a directory for"),
+    (
+        "compare model --method wanda --sparsity 0.5 --text pydoc --out packed",
+        "--out packed is a checkpoint itself; name a directory for new ones",
+    ),
     ("serve packed --key-file no.key", "check the path, or leave it out"),
     ("compress model --out s", "give --for and one of llama.cpp, vllm, sparsellm, tra"),
     ("compress model --for ollama --out s", "'llama.cpp', 'vllm', 'sparsellm' or 'tra"),

@@ -23,7 +23,7 @@ from sparsellm.arguments import RecipeGiven, checked
 from sparsellm.convert import check_packable, pack
 from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.evaluation.speed import compared_speed
-from sparsellm.files.directory import check_destination, check_place, differences
+from sparsellm.files.directory import check_destination, check_folder, differences
 from sparsellm.files.files import explained, has_digest, sha256
 from sparsellm.files.results import read_results
 from sparsellm.inputs import without_folders
@@ -167,7 +167,7 @@ def compare(  # noqa: PLR0913 - the Python door
         SparseLLMError: a recipe, the model or the text is wrong; ``out`` or the directory of a cell is refused as that
             of :func:`sparsellm.prune`, or holds a finished run of other settings, or of another calibration text.
     """
-    place = check_place(out)
+    place = check_folder(out)
     _check_asked(cells, speed)
     first = next(iter(cells.values()))
     settings = Recipe(device=first.device, dtype=first.dtype, products="float32")
@@ -262,7 +262,7 @@ def _check_places(
 ) -> None:
     """Refuses, before the first run, a directory that a cell could not be written into or go on from."""
     directory = dense.opened.directory
-    check_place(place, [directory] if directory is not None else [])
+    check_folder(place, [directory] if directory is not None else [])
     if place.is_dir():
         check_page(place / PAGE)
     for name, recipe in cells.items():
