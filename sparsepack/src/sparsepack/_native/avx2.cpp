@@ -160,6 +160,7 @@ const InstructionSet kAvx2 = {
     &kIntegerAvx2,
     attention_scores,
     attention_values,
+    nullptr,
 };
 
 }  // namespace sparsellm

@@ -72,6 +72,7 @@ const InstructionSet kAvx512 = {
     &kIntegerAvx2,
     attention_scores,
     attention_values,
+    nullptr,
 };
 
 }  // namespace sparsellm

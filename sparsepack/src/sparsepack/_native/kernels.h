@@ -92,6 +92,8 @@ struct Integer {
   void (*starts)(const int8_t* codes, int64_t words, int unit, int32_t* out);
 };
 
+struct Tiles;  // tiles.h
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
@@ -109,6 +111,7 @@ struct InstructionSet {
   const Integer* integer;
   void (*attention_scores)(const float* query, const float* keys, int64_t n, int64_t size, float scale, float* scores);
   void (*attention_values)(const float* weights, const float* values, int64_t n, int64_t size, float* out);
+  const Tiles* tiles;  // for products of many tokens in bf16; null for none
 };
 
 extern const InstructionSet kScalar;
@@ -119,6 +122,14 @@ extern const InstructionSet kAvx512;
 extern const InstructionSet kAvx512Vbmi2;
 extern const Integer kIntegerAvx2;
 extern const Integer kIntegerAvx512Vnni;
+// Compilers that know AMX.
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define SPARSELLM_TILES 1
+extern const InstructionSet kAvx512Amx;
+extern const InstructionSet kAvx512Bf16;
+extern const Tiles kTilesAmx;
+extern const Tiles kTilesAvx512Bf16;
+#endif
 #endif
 #if defined(__aarch64__) && defined(__GNUC__)
 #define SPARSELLM_NEON 1

@@ -121,6 +121,7 @@ constexpr InstructionSet with(const char* name, bool (*supported)(), const Integ
       integer,
       attention_scores,
       attention_values,
+      nullptr,
   };
 }
 

@@ -144,6 +144,7 @@ const InstructionSet kScalar = {
     &kIntegerScalar,
     attention_scores,
     attention_values,
+    nullptr,
 };
 
 }  // namespace sparsellm
