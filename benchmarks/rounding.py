@@ -3,7 +3,7 @@
     python benchmarks/rounding.py --text wikitext2:wikitext2-raw-test.txt --pruned DIR [--values int8 int4]
 
 The packed model reads the same tokens four times: embedding and head as stored or in int8, activations exact (fp32) or
-rounded to int8. It reads 16 tokens at a time with a cache, so that every product goes through the kernels for small
+rounded to int8. It reads 8 tokens at a time with a cache, so that every product goes through the kernels for small
 batches, as in decoding. KL is that of the next token's distribution from the one with the stored head and exact
 activations, in nats a token; "same token" is the share of positions where the likeliest token is the same.
 """
@@ -22,14 +22,16 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm.model.open import load_tokenizer
 from sparsellm.text.windows import evaluation_windows
-from sparsepack.module import SMALL_BATCH, kernel_name
+from sparsepack.module import kernel_name
+
+PIECE = 8  # tokens; all kernels round the activations of so few
 
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """``(tokens, vocabulary)`` for a window of token ids, read a small batch at a time."""
     cache, scores = None, []
-    for piece in ids.split(SMALL_BATCH):
+    for piece in ids.split(PIECE):
         output = model(
             input_ids=piece.unsqueeze(0), past_key_values=cache, use_cache=True
         )

@@ -164,8 +164,12 @@ def main() -> None:
                 torch.nn.functional.linear(x, next(turns))
 
             def product(weight: PackedWeight, x: torch.Tensor = x) -> None:
-                # no kernel's work: unpacked tile by tile
-                if len(x) > native.MAX_TOKENS:
+                # decoded tile by tile
+                least = native.least_tokens(weight, kernel=options.kernel)
+                tiled = least is not None and least <= len(x)
+                if tiled and x.dtype == torch.bfloat16:
+                    native.multiply_tiles(weight, x, kernel=options.kernel)
+                elif len(x) > native.MAX_TOKENS:
                     multiply(weight, x)
                 else:
                     native.multiply(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -69,7 +70,9 @@ def test_tiles_do_not_change_the_product(
 def test_few_tokens_are_the_right_factor(
     tile: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to 32 tokens in bf16; every tile is the left factor then, and the product is that of the dense weight."""
+    """Up to 32 tokens in bf16, where the kernels have no tiles; every tile is the left factor then, and the product is
+    that of the dense weight."""
+    monkeypatch.setattr(runtime_module, "_takes_tiles", lambda *_: False)
     left = []
     product = torch.mm
 
@@ -106,7 +109,10 @@ def test_small_batches_go_to_the_kernel_large_ones_use_tiles(
         out.copy_(unpack(packed, out.dtype)[first:last])
 
     kernels = SimpleNamespace(
-        multiply=product, unpack_rows=rows, available=lambda: "abacus"
+        multiply=product,
+        unpack_rows=rows,
+        available=lambda: "abacus",
+        least_tokens=lambda packed: None,
     )
     monkeypatch.setattr(runtime_module, "_kernels", lambda device: kernels)
     module = layer()
@@ -121,6 +127,41 @@ def test_small_batches_go_to_the_kernel_large_ones_use_tiles(
         assert torch.allclose(module(x), dense(x), atol=1e-5)
         assert asked == [called]
     assert runtime_module.kernel_name() == "abacus"
+
+
+@pytest.mark.parametrize("least", [None, 4, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_the_kernels_begin_where_they_are_faster(
+    least: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def named(name: str) -> Callable[..., Tensor]:
+        def product(packed: PackedWeight, x: Tensor, **_: bool) -> Tensor:
+            asked.append(name)
+            return x @ unpack(packed, x.dtype).t()
+
+        return product
+
+    def rows(packed: PackedWeight, first: int, last: int, out: Tensor) -> None:
+        asked.append("rows")
+        out.copy_(unpack(packed, out.dtype)[first:last])
+
+    kernels = SimpleNamespace(
+        multiply=named("multiply"),
+        multiply_tiles=named("tiles"),
+        unpack_rows=rows,
+        least_tokens=lambda packed: least,
+    )
+    monkeypatch.setattr(runtime_module, "_kernels", lambda device: kernels)
+    packed = packed_of(sparse_weight(48, 130, 0.6))
+    for tokens in (1, 4, 16, 17, 20, 1000):
+        asked.clear()
+        multiply(packed, torch.randn(tokens, 130).to(dtype))
+        expected = "multiply" if tokens <= 16 else "rows"
+        if dtype == torch.bfloat16 and least is not None and tokens >= least:
+            expected = "tiles"
+        assert asked == [expected]
 
 
 @pytest.mark.parametrize("shape", [(130,), (0, 130), (2, 5, 130), (2, 3, 4, 130)])

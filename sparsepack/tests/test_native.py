@@ -213,6 +213,125 @@ def test_exponents_scale_inputs_first(
         assert torch.equal(dense, unpack(packed).to(dtype))
 
 
+TILED = ("bf16", *INTEGERS)
+TILES = [
+    kernel
+    for kernel in native.instruction_sets()
+    if native.least_tokens(random_weight(1, 1, "bf16", 0.5, 0)[0], kernel=kernel)
+]
+every_tiled_kernel = pytest.mark.parametrize("kernel", TILES)
+TILED_SHAPES = (
+    (1, 1, 0.5, 32),
+    (2, 33, 0.3, 32),
+    (16, 64, -1, 32),
+    (17, 65, 0.99, 64),
+    (37, 1030, 0.5, 128),
+    (130, 96, 0.0, 32),
+    (300, 197, 0.7, 1024),
+)
+
+
+@every_tiled_kernel
+@pytest.mark.parametrize("value_type", TILED)
+def test_tiles_are_multiplied(kernel: str, value_type: str) -> None:
+    for out, columns, sparsity, group in TILED_SHAPES:
+        packed, dense = random_weight(
+            out, columns, value_type, sparsity, seed=columns, group=group
+        )
+        if packed.group is not None:  # decoded to bf16
+            dense = dense.bfloat16().double()
+        for tokens in (1, 15, 16, 17, 48, 530):
+            x = activations(tokens, columns, torch.bfloat16, seed=tokens)
+            y = native.multiply_tiles(packed, x, kernel=kernel)
+            error = (y.double() - x.double() @ dense.T).abs()
+            assert bool((error <= bound(dense, x)).all())
+
+
+@every_tiled_kernel
+@pytest.mark.parametrize("value_type", TILED)
+def test_tiles_have_every_value_in_its_place(kernel: str, value_type: str) -> None:
+    """The product with a unit matrix is the weight, bit for bit."""
+    for out, columns, sparsity, group in TILED_SHAPES:
+        packed, dense = random_weight(
+            out, columns, value_type, sparsity, seed=columns, group=group
+        )
+        unit = torch.eye(columns, dtype=torch.bfloat16)
+        product = native.multiply_tiles(packed, unit, kernel=kernel)
+        assert torch.equal(product.t(), dense.float().bfloat16())
+
+
+@every_tiled_kernel
+@pytest.mark.parametrize("value_type", TILED)
+def test_neither_threads_nor_other_tokens_change_a_bit_of_tiles(
+    kernel: str, value_type: str
+) -> None:
+    packed, _ = random_weight(203, 1111, value_type, 0.6, seed=1)
+    x = activations(545, 1111, torch.bfloat16, seed=2)
+    multiply = partial(native.multiply_tiles, packed, kernel=kernel)
+    with threads_set(1):
+        alone = torch.cat([multiply(row) for row in x.split(1)])
+    for count in (1, 2, 3, 7):
+        with threads_set(count):
+            for tokens in (2, 16, 17, 40, 545):
+                assert torch.equal(multiply(x[:tokens]), alone[:tokens])
+
+
+@every_tiled_kernel
+@pytest.mark.parametrize("value_type", ["int8", "int6", "int4"])
+def test_exponents_scale_the_inputs_of_tiles(kernel: str, value_type: str) -> None:
+    packed = packed_of(
+        sparse_weight(9, 130, 0.5), value_type, "auto", exponents_of(130)
+    )
+    plain = dataclasses.replace(packed, exponents=None)
+    x = activations(20, 130, torch.bfloat16, seed=1)
+    scaled = (x.float() * 2.0 ** exponents_of(130)).bfloat16()
+    assert torch.equal(
+        native.multiply_tiles(packed, x, kernel=kernel),
+        native.multiply_tiles(plain, scaled, kernel=kernel),
+    )
+
+
+@every_tiled_kernel
+def test_activations_not_finite_reach_the_products_of_tiles(kernel: str) -> None:
+    packed, _ = random_weight(9, 100, "int4", 0.0, seed=3, special_rows=False)
+    x = activations(20, 100, torch.bfloat16, seed=4)
+    before = native.multiply_tiles(packed, x, kernel=kernel)
+    x[3, 40] = float("nan")
+    y = native.multiply_tiles(packed, x, kernel=kernel)
+    assert bool(y[3].isnan().all())
+    others = [token for token in range(20) if token != 3]
+    assert torch.equal(y[others], before[others])
+
+
+@every_tiled_kernel
+def test_tiles_leave_those_of_torch_alone(kernel: str) -> None:
+    """Its library configures the processor's tiles for itself."""
+    packed, _ = random_weight(40, 128, "int8", 0.5, seed=1)
+    x = activations(33, 128, torch.bfloat16, seed=2)
+    weight = activations(40, 128, torch.bfloat16, seed=3)
+    before = torch.nn.functional.linear(x, weight)
+    for _ in range(3):
+        native.multiply_tiles(packed, x, kernel=kernel)
+        assert torch.equal(torch.nn.functional.linear(x, weight), before)
+
+
+def test_what_has_no_tiles_is_refused() -> None:
+    packed, _ = random_weight(5, 70, "int8", 0.5, seed=1)
+    x = activations(20, 70, torch.bfloat16, seed=2)
+    assert native.least_tokens(packed, kernel="scalar") is None
+    with pytest.raises(KernelError, match="no tiles for int8 with scalar"):
+        native.multiply_tiles(packed, x, kernel="scalar")
+    for wrong in (x[:, :69], x[:0], x[0], x.float(), x.to("meta")):
+        with pytest.raises(KernelError, match="tiles take"):
+            native.multiply_tiles(packed, wrong)
+    for kernel in TILES:
+        halves, _ = random_weight(5, 70, "fp16", 0.5, seed=1)
+        with pytest.raises(KernelError, match="no tiles for fp16"):
+            native.multiply_tiles(halves, x, kernel=kernel)
+        with pytest.raises(KernelError, match="the kernels take bitmasks on the CPU"):
+            native.multiply_tiles(packed.to("meta"), x, kernel=kernel)
+
+
 @every_kernel
 def test_values_of_floating_types_are_never_rounded(kernel: str) -> None:
     packed, _ = random_weight(9, 100, "bf16", 0.5, seed=3)

@@ -108,6 +108,17 @@ def run(kernel: str, at_end: bool) -> None:
             rows = guarded.copy(torch.zeros(out, columns, dtype=dtype))
             native.unpack_rows(held, 0, out, rows, kernel=kernel)
             assert torch.equal(rows, dense.float().to(dtype))
+        if native.least_tokens(packed, kernel=kernel) is None:
+            continue
+        if packed.group is not None:  # decoded to bf16
+            dense = dense.bfloat16().double()
+        for tokens in (1, 16, 33):
+            x = guarded.copy(activations(tokens, columns, torch.bfloat16, seed=tokens))
+            y = guarded.copy(torch.zeros(tokens, out, dtype=torch.bfloat16))
+            numbers = (tokens, x.data_ptr(), y.data_ptr(), 2)
+            library.multiply_tiles(*address, *numbers)
+            error = (y.double() - x.double() @ dense.T).abs()
+            assert bool((error <= bound(dense, x)).all())
     for (out, inputs), levels in itertools.product(
         ((1, 1), (70, 3), (64, 64)), (PLAIN["int4"], GAPPED["int3"])
     ):

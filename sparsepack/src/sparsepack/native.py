@@ -1,4 +1,4 @@
-"""The compiled kernels on the CPU: products with a packed weight, one to sixteen tokens at a time, and rounding.
+"""The compiled kernels on the CPU: products with a packed weight, and rounding.
 
 The kernels are a small C++ extension without torch; this module checks the tensors and passes their addresses. Kernels
 sum in fp32. A row is never split between threads, and its order of summation depends only on the instruction set. So
@@ -19,7 +19,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsepack.codes import INTEGERS_IN_MEMORY, VALUE_TYPES, Levels, nearest_levels
+from sparsepack.codes import (
+    INTEGERS_IN_MEMORY,
+    VALUE_TYPES,
+    Levels,
+    nearest_levels,
+    powers_of,
+)
 from sparsepack.compiled import NOT_BUILT, extension, instruction_sets
 from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
@@ -35,7 +41,7 @@ _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 @cache
 def available() -> str | None:
-    """The instruction set that products use, such as ``avx512vbmi2``; None if there is no compiled kernel to use.
+    """The instruction set that products use, such as ``avx512amx``; None if there is no compiled kernel to use.
 
     Raises:
         KernelError: ``SPARSELLM_KERNEL`` names an instruction set that does not exist or cannot run here.
@@ -83,6 +89,55 @@ def multiply(
     numbers += [len(x), kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads()]
     numbers.append(int(rounded and packed.value_type in INTEGERS_IN_MEMORY))
     _call(library.multiply, numbers)
+    return y
+
+
+def least_tokens(packed: PackedWeight, *, kernel: str | None = None) -> int | None:
+    """The number of tokens from which :func:`multiply_tiles` is faster than :func:`multiply`; None if it does not take
+    the weight. It takes bf16, int8 and int4, where the processor multiplies bf16 itself."""
+    library, index = _kernel(kernel)
+    kind = _VALUE_TYPES[packed.value_type]
+    tokens: int = library.least_tokens(index, kind)
+    return tokens or None
+
+
+def multiply_tiles(
+    packed: PackedWeight, x: Tensor, *, kernel: str | None = None
+) -> Tensor:
+    """``x Wᵀ`` by tiles of bf16, for any number of tokens: ``(tokens, out)`` in bf16, summed in fp32.
+
+    Sixteen rows of the weight are decoded at once and used for all tokens. Weights with scales of columns are rounded
+    to bf16; those with a scale of the row are exact. Numbers below 2⁻¹²⁶ count as zero. Neither threads nor other
+    tokens change a bit, but the order of sums is not that of :func:`multiply`.
+
+    Args:
+        packed: ``W (out, in)``, see :func:`multiply` and :func:`least_tokens`.
+        x: ``(tokens, in)`` of bf16, at least one token, on the CPU.
+        kernel: an instruction set other than :func:`available`'s.
+
+    Raises:
+        KernelError: the instruction set has no tiles for this weight, or types, shapes or devices do not fit.
+    """
+    library, index = _kernel(kernel)
+    if x.dim() != 2 or x.shape[1] != packed.shape[1] or len(x) == 0:
+        raise KernelError(
+            f"activations of shape {tuple(x.shape)}; tiles take (1 or more tokens, {packed.shape[1]})"
+        )
+    if x.dtype != torch.bfloat16 or not x.is_cpu:
+        raise KernelError(
+            f"activations are {x.dtype} on {x.device}; tiles take bf16 on the CPU"
+        )
+    if least_tokens(packed, kernel=kernel) is None:
+        raise KernelError(
+            f"no tiles for {packed.value_type} with {kernel or available()}; use multiply"
+        )
+    if packed.exponents is not None:
+        x = x * powers_of(packed.exponents).to(x)
+    x = x.contiguous()
+    y = x.new_empty(len(x), packed.shape[0])
+    numbers = [index, *addresses(packed)]
+    numbers += [len(x), x.data_ptr(), y.data_ptr(), torch.get_num_threads()]
+    _call(library.multiply_tiles, numbers)
     return y
 
 

@@ -164,6 +164,7 @@ const InstructionSet kAvx2 = {
     fp32_to_bf16,
     &kIntegerAvx2,
     kAttend,
+    nullptr,
 };
 
 }  // namespace sparsellm

@@ -72,6 +72,7 @@ const InstructionSet kAvx512 = {
     fp32_to_bf16,
     &kIntegerAvx2,
     kAttend,
+    nullptr,
 };
 
 }  // namespace sparsellm

@@ -1,6 +1,7 @@
 // AVX-512 with VBMI2 (Ice Lake, Sapphire Rapids, Zen 4 and later): bytes and halves are spread by one expand.
 #include "kernels.h"
 #include "numbers.h"
+#include "tiles.h"
 
 #ifdef SPARSELLM_X86
 #include "target.h"
@@ -77,21 +78,32 @@ bool supported() {
          __builtin_cpu_supports("avx512vnni");
 }
 
+constexpr InstructionSet with(const char* name, bool (*is_supported)(), const Tiles* tiles) {
+  return {
+      name,
+      is_supported,
+      kLanes,
+      {{dot<Bf16>, 2, 1.0f}, {dot<Fp16>, 2, 0x1p56f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 4, 1.0f}, {nullptr, 1, 1.0f}},
+      spread16,
+      spread32,
+      int4_to_int8,
+      int8_to_fp32,
+      fp32_to_bf16,
+      &kIntegerAvx512Vnni,
+      kAttend,
+      tiles,
+  };
+}
+
 }  // namespace
 
-const InstructionSet kAvx512Vbmi2 = {
-    "avx512vbmi2",
-    supported,
-    kLanes,
-    {{dot<Bf16>, 2, 1.0f}, {dot<Fp16>, 2, 0x1p56f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 4, 1.0f}, {nullptr, 1, 1.0f}},
-    spread16,
-    spread32,
-    int4_to_int8,
-    int8_to_fp32,
-    fp32_to_bf16,
-    &kIntegerAvx512Vnni,
-    kAttend,
-};
+const InstructionSet kAvx512Vbmi2 = with("avx512vbmi2", supported, nullptr);
+#ifdef SPARSELLM_TILES
+const InstructionSet kAvx512Bf16 =
+    with("avx512bf16", [] { return supported() && kTilesAvx512Bf16.supported(); }, &kTilesAvx512Bf16);
+const InstructionSet kAvx512Amx =
+    with("avx512amx", [] { return supported() && kTilesAmx.supported(); }, &kTilesAmx);
+#endif
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

@@ -7,6 +7,7 @@
 
 #include "numbers.h"
 #include "pool.h"
+#include "tiles.h"
 
 #ifdef SPARSELLM_X86
 #include <xmmintrin.h>
@@ -368,6 +369,119 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
         for (int r = 0; r < rows.count; ++r) rows.values[r] = bytes + (offsets[r] - offsets[0]);
       },
       [&](const Rows& rows, float* sums) { dot(rows, rounded, tokens, sums); });
+}
+
+namespace {
+
+constexpr int64_t kDecoded = 1 << 19;    // numbers in bf16 that a second-level cache holds
+constexpr int64_t kLargestRows = 128;
+
+// Rows that a thread decodes before it multiplies them: a multiple of 32 that the second-level cache holds together with
+// some activations, and few enough to keep all threads at work.
+int64_t rows_at_once(const Packed& weight, int threads) {
+  constexpr int64_t kStep = 2 * kSide;
+  const int64_t fitting = std::min(kDecoded / (weight.stride * 8), kLargestRows);
+  const int64_t shared = weight.out / (threads * kPiecesPerThread);
+  return std::max<int64_t>(1, std::min(fitting, threads == 1 ? fitting : shared) / kStep) * kStep;
+}
+
+// The memory of a thread that multiplies tiles: rows in bf16, a copy of a row's values, its codes as bytes, its scales.
+struct TileMemory {
+  uint16_t* rows;
+  uint8_t *copy, *bytes;
+  float* scales;
+
+  TileMemory(const Packed& weight, int64_t rows_held, int64_t groups) {
+    const size_t decoded = static_cast<size_t>(2 * rows_held * weight.stride * 8);
+    const size_t row_size = row_bytes(weight);
+    uint8_t* memory = scratch<0>(decoded + 2 * row_size + static_cast<size_t>(4 * (groups + 1)));
+    rows = reinterpret_cast<uint16_t*>(memory);
+    copy = memory + decoded;
+    bytes = copy + row_size;
+    scales = reinterpret_cast<float*>(bytes + row_size);
+  }
+};
+
+// Rows [first, last) to tiles, those that fill the last sixteen as zeros.
+void decode_rows(const Tiles& tiles, const Packed& weight, int64_t first, int64_t last, const TileMemory& memory) {
+  const int64_t steps = weight.stride / 4;
+  const int64_t groups = weight.group > 0 ? (weight.columns + weight.group - 1) / weight.group : 0;
+  const int shift = shift_of(weight);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t index = row - first;
+    TileRow from;
+    from.mask = weight.mask + row * weight.mask_step;
+    from.values = readable(weight, row, memory.copy);
+    from.words = weight.stride / 8;
+    from.count = weight.offsets[row + 1] - weight.offsets[row];
+    from.scales = nullptr;
+    from.shift = shift;
+    from.levels = weight.levels;
+    from.memory = memory.bytes;
+    if (groups > 0) {
+      const uint16_t* scales = group_scales(weight, row);
+      for (int64_t i = 0; i < groups; ++i) memory.scales[i] = bf16_to_fp32(scales[i]);
+      memory.scales[groups] = 0;
+      from.scales = memory.scales;
+    }
+    tiles.decode[weight.type](from, memory.rows + index / kSide * steps * kTile + index % kSide * 32);
+  }
+  for (int64_t index = last - first; index % kSide != 0; ++index)
+    for (int64_t step = 0; step < steps; ++step)
+      std::fill_n(memory.rows + (index / kSide * steps + step) * kTile + index % kSide * 32, 32, uint16_t{0});
+}
+
+// Products of rows [first, last), which are decoded, with all tokens.
+void multiply_rows(const Tiles& tiles, const Packed& weight, int64_t first, int64_t last, int64_t tokens,
+                   const TileMemory& memory, const uint16_t* x, uint16_t* y) {
+  const int64_t steps = weight.stride / 4;
+  const bool of_rows = weight.type == kInt8 && weight.group == 0;
+  const float* row_scales = of_rows ? static_cast<const float*>(weight.scales) : nullptr;
+  const auto tiles_left = [](int64_t count) { return static_cast<int>(std::min<int64_t>(2, (count + kSide - 1) / kSide)); };
+  alignas(64) float sums[4 * kSide * kSide];
+  for (int64_t token = 0; token < tokens; token += 2 * kSide)
+    for (int64_t row = first; row < last; row += 2 * kSide) {
+      const int row_tiles = tiles_left(last - row), token_tiles = tiles_left(tokens - token);
+      tiles.multiply({memory.rows + (row - first) / kSide * steps * kTile, x + token / kSide * steps * kTile, row_tiles,
+                      token_tiles, steps, sums});
+      for (int i = 0; i < row_tiles; ++i)
+        for (int j = 0; j < token_tiles; ++j) {
+          const int64_t to_row = row + i * kSide, to_token = token + j * kSide;
+          tiles.write(sums + (i * token_tiles + j) * kSide * kSide,
+                      row_scales == nullptr ? nullptr : row_scales + to_row,
+                      static_cast<int>(std::min(kSide, last - to_row)),
+                      static_cast<int>(std::min(kSide, tokens - to_token)), weight.out,
+                      y + to_token * weight.out + to_row);
+        }
+    }
+}
+
+}  // namespace
+
+void multiply_tiles(const InstructionSet& set, const Packed& weight, int64_t tokens, const uint16_t* x, uint16_t* y,
+                    int threads) {
+  const Tiles& tiles = *set.tiles;
+  const int64_t steps = weight.stride / 4, groups = weight.group > 0 ? (weight.columns + weight.group - 1) / weight.group : 0;
+  const int64_t at_once = rows_at_once(weight, threads);
+  for (int64_t first = 0; first < tokens; first += kLargestTokens) {
+    const int64_t count = std::min(kLargestTokens, tokens - first), token_tiles = (count + kSide - 1) / kSide;
+    const uint16_t* some = x + first * weight.columns;
+    uint16_t* panels = reinterpret_cast<uint16_t*>(scratch<1>(static_cast<size_t>(2 * token_tiles * steps * kTile)));
+    for_each(threads, token_tiles, [&](int64_t i) {
+      tiles.lay_out(weight.type, some + i * kSide * weight.columns, weight.columns,
+                    static_cast<int>(std::min(kSide, count - i * kSide)), panels + i * steps * kTile);
+    });
+    for_each(threads, (weight.out + at_once - 1) / at_once, [&](int64_t i) {
+      [[maybe_unused]] const ExactSubnormals exact;
+      const TileMemory memory(weight, at_once, groups);
+      uint8_t saved[kTileConfiguration];
+      tiles.begin(saved);
+      const int64_t row = i * at_once, last = std::min(weight.out, row + at_once);
+      decode_rows(tiles, weight, row, last, memory);
+      multiply_rows(tiles, weight, row, last, count, memory, panels, y + first * weight.out);
+      tiles.end(saved);
+    });
+  }
 }
 
 void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first, int64_t last, ValueType kind,

@@ -39,6 +39,11 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
 void multiply_rounded(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x,
                       void* y, int threads);
 
+// The same for any number of tokens in bf16, x and y both, with an instruction set and a type of weight that have tiles.
+// Exponents are left to the caller.
+void multiply_tiles(const InstructionSet& set, const Packed& weight, int64_t tokens, const uint16_t* x, uint16_t* y,
+                    int threads);
+
 // Rows [first, last) of W as (last - first, columns) of type kFp32, kBf16 or kFp16.
 void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first, int64_t last, ValueType kind,
                  void* out, int threads);

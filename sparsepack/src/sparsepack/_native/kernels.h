@@ -101,6 +101,8 @@ struct Attend {
   void (*values)(const float* weights, const void* values, int64_t n, int64_t size, float* out);
 };
 
+struct Tiles;  // tiles.h
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
@@ -117,6 +119,7 @@ struct InstructionSet {
   void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);
   const Integer* integer;
   const Attend* attend;  // by CacheType
+  const Tiles* tiles;  // for products of many tokens in bf16; null for none
 };
 
 extern const InstructionSet kScalar;
@@ -127,6 +130,14 @@ extern const InstructionSet kAvx512;
 extern const InstructionSet kAvx512Vbmi2;
 extern const Integer kIntegerAvx2;
 extern const Integer kIntegerAvx512Vnni;
+// Compilers that know AMX.
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define SPARSELLM_TILES 1
+extern const InstructionSet kAvx512Amx;
+extern const InstructionSet kAvx512Bf16;
+extern const Tiles kTilesAmx;
+extern const Tiles kTilesAvx512Bf16;
+#endif
 #endif
 #if defined(__aarch64__) && defined(__GNUC__)
 #define SPARSELLM_NEON 1

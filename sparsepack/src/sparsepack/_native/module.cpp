@@ -7,6 +7,7 @@
 #include "driver.h"
 #include "pool.h"
 #include "round.h"
+#include "tiles.h"
 
 namespace {
 
@@ -14,6 +15,9 @@ using namespace sparsellm;
 
 // Best first.
 const InstructionSet* const kSets[] = {
+#ifdef SPARSELLM_TILES
+    &kAvx512Amx, &kAvx512Bf16,
+#endif
 #ifdef SPARSELLM_X86
     &kAvx512Vbmi2, &kAvx512, &kAvx2,
 #endif
@@ -91,6 +95,35 @@ PyObject* py_multiply(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// The tokens from which tiles are faster for a type of weight, 0 where there are none: set, type.
+PyObject* py_least_tokens(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t n[2];
+  if (!read_numbers(args, count, 2, n)) return nullptr;
+  if (n[0] < 0 || n[0] >= kCount || n[1] < 0 || n[1] >= kValueTypes) {
+    PyErr_SetString(PyExc_ValueError, "no such instruction set or value type");
+    return nullptr;
+  }
+  const Tiles* tiles = kSets[n[0]]->tiles;
+  const bool known = tiles != nullptr && tiles->decode[n[1]] != nullptr;
+  return PyLong_FromLong(known ? tiles->least_tokens : 0);
+}
+
+PyObject* py_multiply_tiles(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t n[kSetAndWeight + 4];
+  const InstructionSet* set;
+  Packed weight;
+  if (!read_numbers(args, count, kSetAndWeight + 4, n) || !read_weight(n, &set, &weight)) return nullptr;
+  const int64_t* rest = n + kSetAndWeight;  // tokens, x, y, threads
+  if (rest[0] < 1 || set->tiles == nullptr || set->tiles->decode[weight.type] == nullptr) {
+    PyErr_SetString(PyExc_ValueError, "no tokens, or no tiles for this type of weight");
+    return nullptr;
+  }
+  return without_gil([&] {
+    multiply_tiles(*set, weight, rest[0], at_address<const uint16_t>(rest[1]), at_address<uint16_t>(rest[2]),
+                   static_cast<int>(rest[3]));
+  });
+}
+
 PyObject* py_unpack_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t n[kSetAndWeight + 5];
   const InstructionSet* set;
@@ -160,6 +193,10 @@ PyObject* py_use_openmp(PyObject*, PyObject* address) {
 
 PyMethodDef methods[] = {
     {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_multiply)), METH_FASTCALL, nullptr},
+    {"multiply_tiles", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_multiply_tiles)), METH_FASTCALL,
+     nullptr},
+    {"least_tokens", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_least_tokens)), METH_FASTCALL,
+     nullptr},
     {"unpack_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unpack_rows)), METH_FASTCALL,
      nullptr},
     {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_decode)), METH_FASTCALL, nullptr},

@@ -122,6 +122,7 @@ constexpr InstructionSet with(const char* name, bool (*supported)(), const Integ
       nullptr,
       integer,
       kAttend,
+      nullptr,
   };
 }
 

@@ -144,6 +144,7 @@ const InstructionSet kScalar = {
     nullptr,
     &kIntegerScalar,
     kAttend,
+    nullptr,
 };
 
 }  // namespace sparsellm
