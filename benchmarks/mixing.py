@@ -58,7 +58,7 @@ def main() -> None:
                 settings = (
                     f"{target}/{effort}/{without_folders(source)}/{asked.samples}"
                 )
-                found = [
+                runs = [
                     cells.get(
                         f"{conditions}/{settings}/{seed}",
                         lambda t=target, e=effort, c=source, s=seed: pruned(
@@ -67,7 +67,7 @@ def main() -> None:
                     )
                     for seed in asked.seeds
                 ]
-                print(row(f"{target}, {effort}", name, found, list(texts)))
+                print(row(f"{target}, {effort}", name, runs, list(texts)))
 
 
 def named(given: list[str]) -> dict[str, str]:
@@ -118,13 +118,13 @@ def perplexities(
 
 
 def row(
-    target: str, calibration: str, found: list[dict[str, float]], texts: list[str]
+    target: str, calibration: str, runs: list[dict[str, float]], texts: list[str]
 ) -> str:
     """A line of the table: the values of all seeds, and the mean of their CPU seconds."""
-    values = [", ".join(f"{cell[text]:.1f}" for cell in found) for text in texts]
+    values = [", ".join(f"{cell[text]:.1f}" for cell in runs) for text in texts]
     seconds = "–"
-    if all("cpu_seconds" in cell for cell in found):
-        seconds = f"{statistics.mean(cell['cpu_seconds'] for cell in found):.0f}"
+    if all("cpu_seconds" in cell for cell in runs):
+        seconds = f"{statistics.mean(cell['cpu_seconds'] for cell in runs):.0f}"
     return f"| {target} | {calibration} | {' | '.join(values)} | {seconds} |"
 
 

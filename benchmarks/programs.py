@@ -162,8 +162,8 @@ def answers_of(
     missing = [task for task in tasks if name_of(task) not in answers]
     if not missing:
         return answers
-    whole = "".join(f"{json.dumps(answer)}\n" for answer in answers.values())
-    file.write_text(whole)
+    lines = "".join(f"{json.dumps(answer)}\n" for answer in answers.values())
+    file.write_text(lines)
     with serving(form, asked) as server, file.open("a") as open_file:
         for task in missing:
             answer = ask(server, task, asked.new_tokens)

@@ -59,11 +59,13 @@ def importance_by_name(asked: argparse.Namespace) -> dict[str, Tensor]:
         asked.window,
         seed=asked.seed,
     )
-    found = importance_matrix(directory, windows)
-    blocks = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in found)
+    importance = importance_matrix(directory, windows)
+    blocks = 1 + max(
+        int(name.split(".layers.")[1].split(".")[0]) for name in importance
+    )
     names = gguf.get_tensor_name_map(ARCHITECTURE, blocks)
     called = {}
-    for name, values in found.items():
+    for name, values in importance.items():
         tensor = names.get_name(name, try_suffixes=(".weight",))
         if tensor is None:
             raise ValueError(f"llama.cpp has no name for {name}")
@@ -120,14 +122,14 @@ def by_sparsellm(asked: argparse.Namespace, kind: str, size: int) -> dict[str, A
 
 def measured(asked: argparse.Namespace, file: Path, text: str) -> dict[str, Any]:
     """The columns of one file on one text."""
-    found = sparsellm.evaluate(
+    evaluation = sparsellm.evaluate(
         str(file),
         text,
         against=str(asked.model),
         seq_len=asked.window,
         max_tokens=asked.max_tokens,
     )
-    against = found.against
+    against = evaluation.against
     assert against is not None
     return {
         "text": Path(text).name,
@@ -136,7 +138,7 @@ def measured(asked: argparse.Namespace, file: Path, text: str) -> dict[str, Any]
         "kl low": against.kl_low and round(against.kl_low, 6),
         "kl high": against.kl_high and round(against.kl_high, 6),
         "agreement": round(against.agreement, 4),
-        "perplexity": round(found.value, 4),
+        "perplexity": round(evaluation.value, 4),
         "dense perplexity": round(against.perplexity.value, 4),
     }
 

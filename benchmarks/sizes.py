@@ -123,13 +123,15 @@ def run_theirs(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str,
         asked.calibration, tokenizer, asked.samples, asked.window, seed=seed
     )
     linears = block_linears(open_dense(directory))
-    found = importance_matrix(directory, windows)
+    importance_of = importance_matrix(directory, windows)
     rows = []
     with tempfile.TemporaryDirectory(prefix="size-", dir=OUT) as folder:
         source = Path(folder) / "dense.gguf"
         parameters = write_gguf(open_dense(directory), source)
         importance = {
-            called: found[name] for called, name in parameters.items() if name in found
+            called: importance_of[name]
+            for called, name in parameters.items()
+            if name in importance_of
         }
         began = time.process_time()
         made = quantised_gguf(

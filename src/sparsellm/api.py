@@ -1,4 +1,4 @@
-"""The Python interface: :func:`prune`, :func:`evaluate`, :func:`inspect`."""
+"""The Python interface: ``prune``, ``evaluate``, ``inspect``."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def dry_run(
     progress: ProgressCallback = ignore,
     **fields: Any,
 ) -> Prediction:
-    """Estimates a run of :func:`prune`, or refuses what it does; downloads what is on the hub, and writes nothing."""
+    """Estimates a run of ``prune``, or refuses what it does; downloads what is on the hub, and writes nothing."""
     settled = settle_calibration(_recipe_of(recipe, fields), None)
     request = Request(
         model,
@@ -174,14 +174,14 @@ def plan(
     trust_remote_code: bool = False,
     **fields: Any,
 ) -> Prediction:
-    """Estimates what :func:`prune` needs, by the config of a model alone: no weights are read.
+    """Estimates what ``prune`` needs, by the config of a model alone: no weights are read.
 
     Args:
-        model: as in :func:`prune` by name, or a ``config.json``.
-        recipe: as in :func:`prune`; its ``memory`` is that of the machine.
+        model: as in ``prune`` by name, or a ``config.json``.
+        recipe: as in ``prune``; its ``memory`` is that of the machine.
         ranks: processes of torchrun that divide the work, with a GPU each if there are any.
         gpu: one of the table, such as ``h100``; None for this machine, which is measured.
-        fields: as in :func:`prune`.
+        fields: as in ``prune``.
 
     Raises:
         SparseLLMError: the config cannot be read, the recipe does not fit it, or the GPU is not in the table.
@@ -240,11 +240,11 @@ def evaluate(  # noqa: PLR0913 - the Python door
     Several processes divide the windows, and the first runs the tasks.
 
     Args:
-        model, text, tokenizer, trust_remote_code, progress: as in :func:`prune`, the text as ``calibration``.
+        model, text, tokenizer, trust_remote_code, progress: as in ``prune``, the text as ``calibration``.
         seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
         max_tokens: the most tokens of the text to use.
-        bos, device, dtype: as in :class:`Recipe`; a BOS is not scored.
-        against: the dense model, with the same tokenizer, to compare with on the same windows; an :class:`Opened` runs
+        bos, device, dtype: as in ``Recipe``; a BOS is not scored.
+        against: the dense model, with the same tokenizer, to compare with on the same windows; an ``Opened`` runs
             only once for several evaluations. Recovery is None if this model is pruned too.
         tasks: names of tasks, groups or tags of lm-eval.
         tasks_dir: a directory with further tasks in lm-eval's YAML files.
@@ -365,8 +365,8 @@ def pack_and_measure(
     *,
     head: Head | None = None,
 ) -> tuple[PackResult, Evaluation]:
-    """Packs the checkpoint of a run into ``packed``, and measures that as :func:`measure_held_out` does. ``head`` is
-    that of :func:`pack`."""
+    """Packs the checkpoint of a run into ``packed``, and measures that as ``measure_held_out`` does. ``head`` is
+    that of ``pack``."""
     result = pack(
         os.fspath(run.out or ""),
         out=packed,
@@ -384,7 +384,7 @@ def keep_results(
     directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]
 ) -> None:
     """Adds results to those of a checkpoint (``results.json``), then writes its report and card again. Raises
-    StorageError if :func:`prune` or ``pack`` did not write it, or, after results were added, if its card was edited."""
+    StorageError if ``prune`` or ``pack`` did not write it, or, after results were added, if its card was edited."""
     read_pruning(directory := Path(directory).expanduser())
     for result in results:
         append_result(directory, result)
@@ -503,7 +503,7 @@ def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[Matri
 
 @checked
 def inspect_experts(model: Checkpoint, *, trust_remote_code: bool = False) -> Routing:
-    """The mixtures of a model, by its config alone, and whether experts can be removed. Errors as :func:`plan`."""
+    """The mixtures of a model, by its config alone, and whether experts can be removed. Errors as ``plan``."""
     chain = outline(
         config_place(str(model)),
         device=torch.device("cpu"),

@@ -1,4 +1,4 @@
-"""Packs and unpacks the checkpoint of a directory; :mod:`sparsepack` has the format."""
+"""Packs and unpacks the checkpoint of a directory; ``sparsepack`` has the format."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class PackedForm:
 
 
 def check_packable(recipe: Recipe, head: str | None = None) -> None:
-    """Raises RecipeError if what a recipe makes has no packed form, or ``head`` is none of :func:`pack`."""
+    """Raises RecipeError if what a recipe makes has no packed form, or ``head`` is none of ``pack``."""
     if head not in (None, *get_args(Head)):
         raise RecipeError(f"--head is {shown(head)}; it should be keep or int8")
     if recipe.grid != "own" and recipe.values == "int8":
@@ -142,7 +142,7 @@ def pack(  # noqa: PLR0913 - the Python door
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
-        out, overwrite, progress: as in :func:`sparsellm.prune`.
+        out, overwrite, progress: as in ``sparsellm.prune``.
         values: type of the kept values; ``keep`` for the type in which each weight is stored. None takes the type to
             which the run rounded each linear, by ``pruning.json``, and ``keep`` where it rounded none.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them. None means ``int8`` where
@@ -205,7 +205,7 @@ def unpack(
     progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes the dense checkpoint of a packed one, with the values that the packed model computes with. Arguments and
-    errors as in :func:`pack`."""
+    errors as in ``pack``."""
     source, place = _places(directory, out, UNPACK, overwrite=overwrite)
     reader = _checked_reader(source)
     names = list(reader)
@@ -361,7 +361,7 @@ def _usual_head(chain: Chain, *, rounds: bool) -> Head:
 
 
 def head_bytes(chain: Chain, head: Head) -> int:
-    """Bytes of embedding and output head of a checkpoint, as :func:`pack` stores them."""
+    """Bytes of embedding and output head of a checkpoint, as ``pack`` stores them."""
     assert chain.reader is not None
     embedding = chain.model.get_input_embeddings()
     total = 0
@@ -404,7 +404,7 @@ def _forms(
     chain: Chain, directory: Path, values: Values | None, *, round_again: bool
 ) -> dict[str, PackedForm]:
     """How each linear of the blocks, except experts, is packed, by name; ``values`` and ``round_again`` as in
-    :func:`pack`. A RecipeError if the packed format has no such form, or values would be rounded a second time; a
+    ``pack``. A RecipeError if the packed format has no such form, or values would be rounded a second time; a
     StorageError if what the run recorded does not fit the model."""
     path = directory / PRUNING
     views = {

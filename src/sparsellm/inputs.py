@@ -87,7 +87,7 @@ def parse_yaml(
 
 
 def check_size(value: object) -> None:
-    """Raises ValueError for a value that :func:`parse_yaml` could not read back, or that has too many parts, such as
+    """Raises ValueError for a value that ``parse_yaml`` could not read back, or that has too many parts, such as
     one that names itself or a list of lists that are the same one."""
     level = [value]
     parts = 0
@@ -105,7 +105,7 @@ def check_size(value: object) -> None:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
+    """Same as ``parse_yaml`` for a file, which may be unreadable too."""
     file = Path(os.path.expanduser(path))
     if not os.path.lexists(file):
         raise RecipeError(
@@ -117,7 +117,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 def dump_yaml(values: Mapping[str, object]) -> str:
-    """A line for each key, from which :func:`parse_yaml` reads the same values; they are written as JSON."""
+    """A line for each key, from which ``parse_yaml`` reads the same values; they are written as JSON."""
     text = "".join(
         f"{key}: {json.dumps(value, ensure_ascii=False)}\n"
         for key, value in values.items()

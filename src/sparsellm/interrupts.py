@@ -1,8 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP for the command line: the first stops the run, a second ends it at once, none in a rename.
 
-The first signal raises :class:`Interrupted`; if a library swallows it, :func:`check` raises it again at the next step
+The first signal raises ``Interrupted``; if a library swallows it, ``check`` raises it again at the next step
 of progress. Within a call of a C library or the import of torch neither signal is seen; SIGQUIT (Ctrl-\\) and SIGKILL
-end even that, as safely: files are always complete. A program that calls :func:`sparsellm.prune` keeps its handlers.
+end even that, as safely: files are always complete. A program that calls ``sparsellm.prune`` keeps its handlers.
 """
 
 from __future__ import annotations

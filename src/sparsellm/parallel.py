@@ -118,7 +118,7 @@ def claims_failure(*, alone: bool) -> bool:
 
 def await_other_failures() -> None:
     """In process 0, closes gloo's connections, on which others may wait, then waits until all have failed, at most
-    :data:`LAST_WORDS` seconds: process 0 may hold the count that :func:`claims_failure` reads in the others."""
+    ``LAST_WORDS`` seconds: process 0 may hold the count that ``claims_failure`` reads in the others."""
     if _failures is None or os.environ["RANK"] != "0":
         return
     deadline = time.monotonic() + LAST_WORDS
@@ -167,7 +167,7 @@ def own_slice(total: int, unit: int = 1) -> slice:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Calls ``make`` in the main process, :func:`alone`; all return its result, or raise its SparseLLMError."""
+    """Calls ``make`` in the main process, ``alone``; all return its result, or raise its SparseLLMError."""
     if size() == 1:
         return make()
     made: tuple[T | None, SparseLLMError | None] = None, None

@@ -46,7 +46,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
-        """:meth:`mask` of scores that the caller checks, since a GPU waits for each check."""
+        """``mask`` of scores that the caller checks, since a GPU waits for each check."""
 
     @abstractmethod
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
@@ -171,7 +171,7 @@ def most_kept(weight: Tensor) -> tuple[int, int]:
 
 
 def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
-    """The strictest N:4 and N:8 that weights with these :func:`most_kept` satisfy, such as ``3:8, 2:4``, or None."""
+    """The strictest N:4 and N:8 that weights with these ``most_kept`` satisfy, such as ``3:8, 2:4``, or None."""
     four, eight = map(max, zip(*kept, strict=True))
     patterns = []
     if eight < min(8, 2 * four):
@@ -221,7 +221,7 @@ def places_in_rows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def highest_of_rows(scores: Tensor, zeros: int) -> Tensor:
-    """The mask ``(rows, columns)`` of :func:`highest`, with ``zeros`` spread evenly over the rows of a matrix."""
+    """The mask ``(rows, columns)`` of ``highest``, with ``zeros`` spread evenly over the rows of a matrix."""
     rows = len(scores)
     edges = torch.arange(rows + 1, device=scores.device) * zeros // rows
     shares = edges.diff()

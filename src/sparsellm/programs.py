@@ -132,17 +132,17 @@ def compress(  # noqa: PLR0913 - the Python door
     """Compresses a model for the program that runs it, to a size. If it is stopped, the same call goes on.
 
     Args:
-        model: as in :func:`sparsellm.prune`, by name.
+        model: as in ``sparsellm.prune``, by name.
         recipe: calibration, effort, resources and the like; a sparsity for ``transformers`` alone.
         program: ``llama.cpp`` (``out`` is a .gguf file), ``vllm``, ``sparsellm`` or ``transformers`` (a directory).
         out: what is written; an unfinished run keeps its blocks next to it, in ``<out>-pruned``.
         size: bytes of the whole file or directory, embedding, head and metadata included, such as ``4GB``. ``auto`` for
             the smallest whose divergence from the dense model, in a quick pass before the run, is at most that of
-            llama.cpp's Q4_K_M; ``auto:0.05`` for at most so many nats a token.
+            llama.cpp's Q4_K_M; ``auto:0.05`` for a limit in nats a token.
         bits: bits of a weight of the linears instead, on average, with scales and masks.
         converter: for llama.cpp, its ``convert_hf_to_gguf.py``, which is run on what was pruned; None if ``model`` is a
             ``.gguf`` file, or ``demo``.
-        overwrite, restart, progress: as in :func:`sparsellm.prune`.
+        overwrite, restart, progress: as in ``sparsellm.prune``.
 
     Raises:
         SparseLLMError: a subclass that names the cause: no size or two, one below the least possible, a model or a
@@ -185,7 +185,7 @@ class Order:
 
 
 def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
-    """Does what :func:`compress` does, for an order that was checked."""
+    """Does what ``compress`` does, for an order that was checked."""
     program = order.program
     place = order.place
     pruned = order.pruned
@@ -277,7 +277,7 @@ class ChosenForms:
 
 
 def choose_forms(order: Order, progress: ProgressCallback) -> ChosenForms:
-    """Chooses the forms that :func:`carry_out` would, and writes nothing."""
+    """Chooses the forms that ``carry_out`` would, and writes nothing."""
     if order.program == "transformers":
         raise RecipeError(
             "transformers has one form for all linears, so there is nothing to choose; leave out the dry run"
@@ -310,7 +310,7 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     overwrite: bool = False,
     restart: bool = False,
 ) -> Order:
-    """Checks all that can be checked before the work. Arguments and errors: see :func:`compress`."""
+    """Checks all that can be checked before the work. Arguments and errors: see ``compress``."""
     settled = settle_calibration(Recipe.of(recipe), None)
     _check_size(program, size, bits)
     asked = None

@@ -115,7 +115,7 @@ class Pace:
         return left if left > 0 else None
 
     def see(self, event: Progress) -> str:
-        """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
+        """Takes an event other than a ``NOTE`` or ``DETAIL``; returns the phase that it ends, or ""."""
         ended = self._begin(event.phase, event.part)
         self._judged = self._clock()
         self.share = 0.0

@@ -99,7 +99,7 @@ class LinearResult(Matrix):
     variables, ``down`` has the error of the unit on held-out tokens before rounding, the others NaN. ``exponents`` has
     a hexadecimal digit, the exponent plus 8, for each column of integer values; it is empty if all are 0. ``values``
     is what the values are rounded to: ``keep``, a type or a grid; it is empty in records of older releases, see
-    :meth:`RunRecord.values_of`."""
+    ``RunRecord.values_of``."""
 
     shape: Annotated[tuple[Dimension, Dimension], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
@@ -126,11 +126,11 @@ class LinearResult(Matrix):
 
     @property
     def kind(self) -> str:
-        """Its name as :func:`kind_of` has it."""
+        """Its name as ``kind_of`` has it."""
         return kind_of(self.name)
 
     def packed_bytes(self, values: str, group: int | None = None) -> int:
-        """Its bytes packed with values of a type; ``group`` as in :func:`sparsepack.layout.predicted_bytes`."""
+        """Its bytes packed with values of a type; ``group`` as in ``sparsepack.layout.predicted_bytes``."""
         fixed = None if self.pattern is None else astuple(parse_pattern(self.pattern))
         return predicted_bytes(
             self.shape,
@@ -241,7 +241,7 @@ class Prediction(Record):
     disk_bytes: (
         Count  # at most: the result, the walk's blocks, hidden states, and saved passes
     )
-    sweep: str = ""  # how it holds the blocks, as in :class:`Memory`
+    sweep: str = ""  # how it holds the blocks, as in ``Memory``
     notes: list[str] = []  # what does not fit
 
 
@@ -436,7 +436,7 @@ class Pruning(RunRecord):
 
 
 def read_pruning(directory: Path) -> Pruning:
-    """``pruning.json`` of a checkpoint, but for one that was exported; errors as in :func:`read_record`."""
+    """``pruning.json`` of a checkpoint, but for one that was exported; errors as in ``read_record``."""
     if not os.path.isfile(directory / PRUNING):  # also for a name that is too long
         advice = "give a directory that `sparsellm prune` wrote, or its packed form"
         raise StorageError(f"{shown(str(directory))} has no {PRUNING}; {advice}")
@@ -549,7 +549,7 @@ QUANTITIES = (
 
 
 class Evaluation(Stamp):
-    """The result of :func:`sparsellm.evaluate`: a perplexity, its conditions, and what was measured with it."""
+    """The result of ``sparsellm.evaluate``: a perplexity, its conditions, and what was measured with it."""
 
     protocol: Protocol
     perplexity: Interval

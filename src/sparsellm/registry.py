@@ -96,7 +96,7 @@ class Registry(dict[str, Entry[F]]):
         self.listeners: list[Callable[[Entry[F]], None]] = []
 
     def register(self, name: str, *, paper: str, **declared: Any) -> Callable[[F], F]:
-        """A decorator that registers a function; ``declared`` are further attributes of its :class:`Entry`.
+        """A decorator that registers a function; ``declared`` are further attributes of its ``Entry``.
 
         Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``. pydantic checks values
         against the type, and users see the description. A default that is not a JSON value is a TypeError."""

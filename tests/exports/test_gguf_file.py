@@ -315,9 +315,9 @@ def test_rows_are_found_in_any_order() -> None:
     before = torch.randn(40, 8, generator=generator).bfloat16()
     order = torch.randperm(40, generator=generator)
     now = torch.randn(40, 8, generator=generator)
-    found = row_order(before[order], before, now)
-    assert found is not None
-    assert torch.equal(found, order)
+    rows = row_order(before[order], before, now)
+    assert rows is not None
+    assert torch.equal(rows, order)
     assert row_order(before[order] * 2, before, now) is None
 
 
@@ -325,9 +325,9 @@ def test_equal_rows_have_an_order_only_if_they_became_equal_rows() -> None:
     before = torch.tensor([[0.0], [1.0], [0.0], [2.0]])
     there = torch.tensor([[2.0], [0.0], [0.0], [1.0]])
     now = torch.tensor([[5.0], [6.0], [5.0], [7.0]])
-    found = row_order(there, before, now)
-    assert found is not None
-    assert now[found].tolist() == [[7.0], [5.0], [5.0], [6.0]]
+    rows = row_order(there, before, now)
+    assert rows is not None
+    assert now[rows].tolist() == [[7.0], [5.0], [5.0], [6.0]]
     assert row_order(there, before, torch.arange(4.0)[:, None]) is None
     # one row of the template that is there twice takes the place of another
     assert row_order(torch.tensor([[2.0], [0.0], [1.0], [1.0]]), before, now) is None

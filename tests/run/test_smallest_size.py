@@ -25,24 +25,24 @@ def test_the_fewest_bits_that_reach_a_goal_are_found(goal: float) -> None:
         asked.append(tried)
         return [4 ** (2.5 - bits) for bits in tried]
 
-    found = smallest_size.smallest(2.5, 8.5, goal, divergences_at)
+    bits = smallest_size.smallest(2.5, 8.5, goal, divergences_at)
     exact = 2.5 - math.log(goal, 4)
-    assert exact <= found <= exact + 6 / 125 + 1e-9
+    assert exact <= bits <= exact + 6 / 125 + 1e-9
     assert len(asked) == smallest_size.ROUNDS
     assert all([*tried] == sorted(tried) for tried in asked)
 
 
 def test_the_largest_size_stays_if_no_smaller_one_reaches_the_goal() -> None:
-    found = smallest_size.smallest(2.0, 8.0, 0.1, lambda tried: [1.0] * len(tried))
-    assert found == 8.0
+    bits = smallest_size.smallest(2.0, 8.0, 0.1, lambda tried: [1.0] * len(tried))
+    assert bits == 8.0
 
 
 def test_a_bit_of_noise_cannot_lead_below_a_size_that_is_too_small() -> None:
     """The least of the sizes that reach the goal counts, whatever larger ones have."""
-    found = smallest_size.smallest(
+    bits = smallest_size.smallest(
         0.0, 5.0, 0.5, lambda tried: [0.4 if 2 <= x < 3 else 0.9 for x in tried]
     )
-    assert 2.0 <= found < 2.1
+    assert 2.0 <= bits < 2.1
 
 
 def test_llama_cpp_gives_six_bits_to_values_and_down_projections() -> None:
@@ -100,7 +100,7 @@ def test_fewer_nats_take_more_bits() -> None:
         assert "Q4_K_M" not in by_name
         divergence[nats] = by_name["by linear"]["divergence"]
         bits.append(report["bits"])
-    assert all(found <= nats * 1.001 for nats, found in divergence.items())
+    assert all(reached <= nats * 1.001 for nats, reached in divergence.items())
     assert bits[0] < bits[1]
 
 

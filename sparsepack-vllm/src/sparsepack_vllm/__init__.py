@@ -1,6 +1,6 @@
 """sparsepack_vllm: vLLM runs checkpoints that ``sparsellm pack`` wrote.
 
-Nothing has to be called: vLLM finds :func:`register` by the entry point ``vllm.general_plugins``, in each of its
+Nothing has to be called: vLLM finds ``register`` by the entry point ``vllm.general_plugins``, in each of its
 processes.
 """
 

@@ -1,8 +1,8 @@
 """The quantisation method ``sparsellm`` of vLLM: linears and embeddings whose weights stay packed.
 
-vLLM fills the parameters that :meth:`create_weights` registers, one tensor of the checkpoint after another. They are
+vLLM fills the parameters that ``create_weights`` registers, one tensor of the checkpoint after another. They are
 empty here, since numbers of values are not known before; their loaders give the tensors to a
-:class:`~sparsepack_vllm.shards.Shards`. When all are loaded, they become a :class:`~sparsepack.module.PackedLinear` for
+``sparsepack_vllm.shards.Shards``. When all are loaded, they become a ``sparsepack.module.PackedLinear`` for
 each form that the parts of the layer have. The classes are in a module, so that vLLM's processes can pickle them.
 """
 

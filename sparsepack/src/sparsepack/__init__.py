@@ -15,7 +15,7 @@ The contract with a program that prunes, rounds and writes checkpoints, as spars
     layout      ``pack(weight, value_type)`` → ``PackedWeight`` or None; ``unpack``; ``predicted_bytes``
     checkpoint  ``PackedEntry``, ``quantization_config`` and ``manifest`` to write; ``PackedTensors`` to read
 
-Errors are subclasses of :class:`PackError`.
+Errors are subclasses of ``PackError``.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def check(
 
 
 def check_counts(name: str, values: Any, *, most: int = MOST) -> None:
-    """Checks that a list or a tuple has whole numbers from 1 to ``most``, at least one; raises as :func:`check`."""
+    """Checks that a list or a tuple has whole numbers from 1 to ``most``, at least one; raises as ``check``."""
     check(name, values, list, tuple)
     if not values:
         refuse(name, values, "at least one number")
@@ -74,12 +74,12 @@ def check_counts(name: str, values: Any, *, most: int = MOST) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Checks that a value is one of some texts; raises as :func:`check`."""
+    """Checks that a value is one of some texts; raises as ``check``."""
     if not isinstance(value, str) or value not in choices:
         *others, last = map(repr, choices)
         refuse(name, value, f"{', '.join(others)} or {last}")
 
 
 def refuse(name: str, value: Any, expected: str) -> None:
-    """Raises the SettingError of :func:`check`."""
+    """Raises the SettingError of ``check``."""
     raise SettingError(f"{name} is {shown(value)}: it should be {expected}")

@@ -38,7 +38,7 @@ class Speed:
     """Tokens per second of one model in one setting, over all ``batch`` sequences and all repeats.
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
-    ``decoder`` is the program that decoded: ``compiled`` is that of :mod:`sparsepack.decode`, ``transformers`` its
+    ``decoder`` is the program that decoded: ``compiled`` is that of ``sparsepack.decode``, ``transformers`` its
     ``generate``."""
 
     model: str
@@ -112,7 +112,7 @@ class Comparison:
         dense_bytes, packed_bytes: all weights in memory; ``linear``: those of the linears in the blocks; ``disk``: the
             weight files, None for a model that was unpacked in memory.
         dtype, dense_dtype: type of the packed model's activations, and of the dense model.
-        kernel: the kernel for small batches; see :func:`~sparsepack.module.kernel_name`.
+        kernel: the kernel for small batches; see ``sparsepack.module.kernel_name``.
         verdict: one sentence a setting.
         ratios: what the speeds are to each other, in every setting.
         packed_name, dense_name: the names of the directories; None for a model that was unpacked in memory."""
@@ -172,11 +172,11 @@ def compare(
     Args:
         packed: a packed checkpoint.
         dense: a dense one; None for the packed one unpacked in memory, which is the same model with stored zeros.
-        device: as in :func:`~sparsepack.loading.load`.
+        device: as in ``sparsepack.loading.load``.
         dtype, activations: as there, for the packed model. The dense one runs in bfloat16, since in float32 it would be
             twice as large as the one that people run, and any packed model would look faster.
         progress: called with the progress of the measurement.
-        rounds: the fields of :class:`Rounds`.
+        rounds: the fields of ``Rounds``.
 
     Raises:
         SettingError: ``packed`` is not packed, ``dense`` is another model, or a setting is out of range.
@@ -443,7 +443,7 @@ def one_run(
 ) -> tuple[float, float]:
     """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it.
 
-    With ``compiled``, one sequence is decoded as :func:`~sparsepack.generation.generate` does, if the compiled decoder
+    With ``compiled``, one sequence is decoded as ``sparsepack.generation.generate`` does, if the compiled decoder
     knows the model; all else by transformers' ``generate``."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size

@@ -50,7 +50,7 @@ class PackedEntry:
 
     Attributes:
         shape: ``(out, in)``.
-        layout, pattern: those of :class:`~sparsepack.layout.PackedWeight`.
+        layout, pattern: those of ``sparsepack.layout.PackedWeight``.
         value_type: the type in the file.
         dtype: that of the dense weight, before packing and after unpacking.
         transposed: the dense weight is stored as ``(in, out)``, as GPT-2's is."""
@@ -323,7 +323,7 @@ def check_parts(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> N
 
 def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:
     """Refuses a packed linear whose tensors are too small for its shape, before memory for that shape is taken;
-    :func:`~sparsepack.validation.validate` checks what they contain."""
+    ``sparsepack.validation.validate`` checks what they contain."""
     out, columns = entry.shape
     values = parts["values"]
     width = mask_stride(columns)

@@ -3,7 +3,7 @@
 int6 and int5 are whole numbers -32 … 31 and -16 … 15, which take a byte in memory, and six or five bits in a file.
 int4 values are codes, two to a byte, the earlier one in the low nibble; every row begins on a byte. A code stands for a
 whole number: -8 … 7 for int4; for int3, -4 … 3 or eight uneven ones that leave out the gap around 0 where pruned values
-were (:class:`Levels`). Integers may have an exponent for each column: a value is then its whole number, times its
+were (``Levels``). Integers may have an exponent for each column: a value is then its whole number, times its
 scale, times 2 to that power.
 """
 
@@ -149,7 +149,7 @@ def anchors(grouped: Tensor) -> Tensor:
 def whole_numbers(
     values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False
 ) -> Tensor:
-    """The nearest of ``levels`` in units of ``scales``; ``zero`` as in :meth:`Levels.nearest`."""
+    """The nearest of ``levels`` in units of ``scales``; ``zero`` as in ``Levels.nearest``."""
     return levels.nearest(
         values / torch.where(scales == 0, math.inf, scales), zero=zero
     )
@@ -208,7 +208,7 @@ def text_of_exponents(exponents: Tensor | None) -> str:
 
 
 def exponents_of_text(text: str) -> Tensor | None:
-    """The inverse of :func:`text_of_exponents`: int8 ``(in,)``, or None."""
+    """The inverse of ``text_of_exponents``: int8 ``(in,)``, or None."""
     if not text:
         return None
     exponents = [int(digit, 16) + EXPONENTS.start for digit in text]
@@ -216,7 +216,7 @@ def exponents_of_text(text: str) -> Tensor | None:
 
 
 class Encoded(NamedTuple):
-    """Kept values in the fields of :class:`~sparsepack.layout.PackedWeight`."""
+    """Kept values in the fields of ``sparsepack.layout.PackedWeight``."""
 
     values: Tensor
     offsets: Tensor
@@ -236,9 +236,9 @@ def encode_values(
 
     Args:
         weight, kept: see above.
-        value_type: one of :data:`WRITTEN_TYPES`. Values of int3 become codes of int4, the eight in the middle; those of
+        value_type: one of ``WRITTEN_TYPES``. Values of int3 become codes of int4, the eight in the middle; those of
             int6 and int5 become int8.
-        group: the columns that share a scale, for types of :data:`GROUPED`.
+        group: the columns that share a scale, for types of ``GROUPED``.
         exponents: int8 ``(in,)``, for integers alone.
         layout: a weight that does not stand on the numbers of its layout gets plain ones.
 
@@ -299,7 +299,7 @@ def decode_values(
 ) -> Tensor:
     """The kept values of some rows of a weight, in order; floating types as they are stored, integers as fp32.
 
-    ``kept``: bool ``(rows, in)``. Other arguments are those of :func:`encode_values`."""
+    ``kept``: bool ``(rows, in)``. Other arguments are those of ``encode_values``."""
     values, offsets, scales, levels = stored
     start = int(offsets[rows.start])
     stop = int(offsets[rows.stop])
@@ -351,7 +351,7 @@ def _bytes_of_bits(bits: int) -> int:
 
 
 def narrowed(values: Tensor, value_type: str) -> Tensor:
-    """Values in memory as a file has those of int6, int5 or int3: uint8, in :data:`BITS` bits each.
+    """Values in memory as a file has those of int6, int5 or int3: uint8, in ``BITS`` bits each.
 
     The bits are those of the number minus the lowest one of the type, the least significant first. Values of int3 are
     codes of int4 that are all 4 … 11, two to a byte."""
@@ -367,7 +367,7 @@ def narrowed(values: Tensor, value_type: str) -> Tensor:
 
 
 def widened(data: Tensor, values: int, value_type: str) -> Tensor:
-    """The inverse of :func:`narrowed`; a ValueError if the data are not this number of values, even for int3."""
+    """The inverse of ``narrowed``; a ValueError if the data are not this number of values, even for int3."""
     count = BITS[value_type]
     if (
         values < 0
@@ -397,7 +397,7 @@ def nibbles(pairs: Tensor) -> Tensor:
 
 
 def in_pairs(codes: Tensor) -> Tensor:
-    """The inverse of :func:`nibbles`."""
+    """The inverse of ``nibbles``."""
     pairs = codes.view(-1, 2)
     return pairs[:, 0] | (pairs[:, 1] << 4)
 

@@ -135,7 +135,7 @@ def _head_size(config: Any) -> int:
 
 
 class Decoder:
-    """Decodes sequences with a model for which :func:`decodes` is true.
+    """Decodes sequences with a model for which ``decodes`` is true.
 
     Args:
         model: is read, and must stay as it is while this object lives.
@@ -163,7 +163,7 @@ class Decoder:
             torch.zeros(1, 1, hidden, dtype=torch.float32),
             torch.arange(positions).unsqueeze(0),
         )
-        self.cached = (len(inside.layers), 2, kv_heads, size)  # of a position
+        self.cached = (len(inside.layers), 2, kv_heads, size)  # numbers a position
         # The extension writes fp32, whatever torch's default. Pages that nothing is written to take no memory.
         row = 3 * hidden + 2 * heads * size + 2 * inner + heads * positions
         work = torch.empty(sequences * row, dtype=torch.float32)
@@ -258,7 +258,7 @@ class Cache:
         )
 
     def read(self, ids: Tensor) -> Iterator[Tensor]:
-        """Reads a prompt ``(1, tokens)`` by the model's own forward, :data:`PIECE` tokens at a time. After each piece
+        """Reads a prompt ``(1, tokens)`` by the model's own forward, ``PIECE`` tokens at a time. After each piece
         come the logits ``(vocabulary,)``."""
         keyword = cache_keyword(self._model)
         held: dict[str, Any] = {}

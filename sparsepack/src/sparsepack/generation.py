@@ -166,7 +166,7 @@ def generate(
     Args:
         model, tokenizer: a causal language model and its tokenizer.
         prompt: the text to continue; no chat template is applied.
-        max_new_tokens, temperature, seed: those of :class:`Sampling`.
+        max_new_tokens, temperature, seed: those of ``Sampling``.
         threads: CPU threads; None for the current setting of torch.
         on_text: called with each new piece of text.
 
@@ -206,7 +206,7 @@ def continuation(
     on_text: Callable[[str], Any] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Generation:
-    """As :func:`generate`, for a prompt of token ids ``(1, tokens)``. It ends early, after a token, once ``cancelled``
+    """As ``generate``, for a prompt of token ids ``(1, tokens)``. It ends early, after a token, once ``cancelled``
     returns true."""
     answer = Answer(
         model, tokenizer, ids, sampling, on_text=on_text, cancelled=cancelled
@@ -218,7 +218,7 @@ def continuation(
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Answer
 ) -> Generation:
-    """An answer that was not begun, made to its end, with the errors of :func:`continuation`."""
+    """An answer that was not begun, made to its end, with the errors of ``continuation``."""
     batch = _batch(model, answer)
     if batch is None:
         _by_transformers(model, tokenizer, answer)
@@ -229,14 +229,14 @@ def complete(
 
 
 class Answer:
-    """A continuation in the making, with the arguments and errors of :func:`continuation`.
+    """A continuation in the making, with the arguments and errors of ``continuation``.
 
     Attributes:
         ids: prompt and answer ``(1, tokens)``.
         room: the most tokens of both.
         chosen: the last token, which is not decoded yet; None until the prompt is read.
         ended: whether nothing is left to do.
-        failed: what went wrong, which :meth:`result` raises.
+        failed: what went wrong, which ``result`` raises.
     """
 
     def __init__(
@@ -383,7 +383,7 @@ def _try(answer: Answer, do: Callable[..., None], *given: Tensor) -> None:
 
 
 def _check_prompt(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
-    """A SettingError if the model cannot continue a prompt by so many tokens."""
+    """A SettingError if the model cannot make that many tokens after a prompt."""
     length = ids.shape[1]
     limit = context_limit(model.config)
     size = model.config.get_text_config().vocab_size

@@ -2,7 +2,7 @@
 
 A group shares a scale: a row for int8; for int4 and int3 the columns of a row of which about 32 are kept. Its value of
 largest magnitude, the *anchor*, stands at the end of the grid (-128, -8, -4 or ±127). So the scale can be read off the
-weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers again.
+weight, ``on_grid`` does not change a weight that is on its grid, and packing it finds the same numbers again.
 
 Columns may have exponents: every value of a column is then multiplied by that power of two, exactly, and magnitudes
 compare without it. They cannot be read off a weight; the caller passes them.
@@ -10,7 +10,7 @@ compare without it. They cannot be read off a weight; the caller passes them.
 In a weight that is packed with a bitmask no value becomes 0: it would leave the mask. In one that is packed dense, 0 is
 a number like the others.
 
-The same functions round to the grids of other programs (:mod:`sparsepack.grids`) by their names, and :func:`codes_of`
+The same functions round to the grids of other programs (``sparsepack.grids``) by their names, and ``codes_of``
 reads numbers and scales from such a weight.
 """
 
@@ -68,7 +68,7 @@ class Groups:
         )
 
     def spread(self, grouped: Tensor) -> Tensor:
-        """The inverse of :meth:`collect`: ``(out, in)``."""
+        """The inverse of ``collect``: ``(out, in)``."""
         return grouped.reshape(-1, self.columns + -self.columns % self.size)[
             :, : self.columns
         ].contiguous()
@@ -216,7 +216,7 @@ def on_grid(
 ) -> Tensor:
     """The fp32 weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero, if it has 0.
 
-    The scales follow from the largest magnitudes of ``weight``, as in :func:`scales_of`; a value beyond the last number
+    The scales follow from the largest magnitudes of ``weight``, as in ``scales_of``; a value beyond the last number
     becomes it. ``dtype`` is the checkpoint's; ``exponents``, int8 ``(in,)``; ``groups``, if they are known already."""
     groups = Groups.of(weight, value_type) if groups is None else groups
     powers = torch.ones(weight.shape[1], device=weight.device)
@@ -231,7 +231,7 @@ def on_grid(
 def on_grid_of(
     groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tensor
 ) -> Tensor:
-    """:func:`on_grid` for given groups and powers of two ``(in,)`` of columns; a few rows at a time on a CPU."""
+    """``on_grid`` for given groups and powers of two ``(in,)`` of columns; a few rows at a time on a CPU."""
     rounded = torch.empty_like(weight)
     few = _rows_at_once(weight)
     units_of_few = groups.collect(powers.expand(few, -1))

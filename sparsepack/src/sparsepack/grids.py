@@ -4,7 +4,7 @@ A group has one scale, which may be negative: the value of largest magnitude, it
 A scale is a number that bf16 has, and fp16 where GGUF stores it. In grids with ``parts`` some groups of a row share one
 such scale, their *unit*, and the scale of each is a small whole number of units; the largest is ``lowest_scale`` units.
 A weight of a checkpoint is its number times the scale, rounded to its dtype. So numbers and scales can be read off the
-anchors again, as :func:`sparsepack.grid.codes_of` does.
+anchors again, as ``sparsepack.grid.codes_of`` does.
 """
 
 from __future__ import annotations

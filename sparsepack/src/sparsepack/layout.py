@@ -46,7 +46,7 @@ class PackedWeight:
         layout: ``bitmask``; ``nm`` if every ``m`` consecutive columns keep exactly ``n`` values; or ``dense``.
         mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` is set
             if column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
-            code of ``w`` bits for each group of ``m``; see :mod:`sparsepack.masks`. ``dense``: the bitmask of
+            code of ``w`` bits for each group of ``m``; see ``sparsepack.masks``. ``dense``: the bitmask of
             one row, ``(1, 8·⌈in/64⌉)``, with all columns kept; all rows share it.
         values: the kept values, row by row. One-dimensional bf16, fp16, fp32 or int8; or, for int4, uint8 that holds
             two codes, the earlier one in the low nibble, every row beginning on a byte.
@@ -120,12 +120,12 @@ def pack(
 ) -> PackedWeight | None:
     """Packs a weight on the CPU; returns None if ``layout`` is ``auto`` and the packed form would save no bytes.
 
-    For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 has a
+    For floating types, ``unpack`` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 has a
     scale a row; int6 to int3 have one for each group of columns, the best of seven by squared error.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
-        value_type: one of :data:`~sparsepack.codes.WRITTEN_TYPES`, or ``keep`` for the type of the weight.
+        value_type: one of ``sparsepack.codes.WRITTEN_TYPES``, or ``keep`` for the type of the weight.
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
         exponents: integers ``(in,)``, -8 to 7: column ``j`` is multiplied by ``2^exponents[j]``; not used for floats.
@@ -213,7 +213,7 @@ def _positions(
 
 
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
-    """The layout in which :func:`pack` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
+    """The layout in which ``pack`` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
 
     Both depend on its zeros alone."""
     kept = weight.detach() != 0
@@ -236,7 +236,7 @@ def predicted_bytes(
     """Bytes of a weight ``(out, in)`` in its smallest form, with its zeros spread evenly over the rows.
 
     ``pattern`` is the N:M that it satisfies, if any; ``exponents``, whether its columns have exponents; ``group`` is
-    that of :func:`pack`."""
+    that of ``pack``."""
     out, columns = shape
     counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
     coded = next(

@@ -67,7 +67,7 @@ def set_bits(mask: Tensor) -> Tensor:
 
 
 def detect(kept: Tensor) -> NM | None:
-    """The strictest of :data:`PATTERNS` that bool ``(out, in)`` satisfies, if any."""
+    """The strictest of ``PATTERNS`` that bool ``(out, in)`` satisfies, if any."""
     few = kept[:_SAMPLE]
     for pattern in PATTERNS:
         if _satisfies(few, pattern) and _satisfies(kept, pattern):
@@ -129,7 +129,7 @@ def encode_groups(kept: Tensor, pattern: NM) -> Tensor:
 
 
 def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
-    """The inverse of :func:`encode_groups`: bool ``(out, columns)``, on the CPU.
+    """The inverse of ``encode_groups``: bool ``(out, columns)``, on the CPU.
 
     Raises:
         ValueError: a code is not below C(m, n), or a bit after a row's last code is set.

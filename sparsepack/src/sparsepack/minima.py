@@ -3,7 +3,7 @@
 Scales are whole numbers of a unit that several groups share, and so are minima, of another unit. The least value of a
 group stands at 0 where it has a minimum, the largest at the highest number, and the unit is read off the group with the
 largest scale. A difference of two values that are rounded to bf16 has fewer digits than one of them, so units have six
-binary digits, and a minimum is at most :data:`FAR` times the widest group's range.
+binary digits, and a minimum is at most ``FAR`` times the widest group's range.
 """
 
 from __future__ import annotations

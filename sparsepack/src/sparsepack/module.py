@@ -51,7 +51,7 @@ PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
 def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)`` on the weight's device: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
-    The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
+    The weight is a bitmask or dense, and passed ``sparsepack.validation.validate``. ``rounded``: whether the kernel
     may round a small batch to int8, where the weight is int8 or int4."""
     if torch.compiler.is_compiling():
         product: Tensor = torch.ops.sparsepack.multiply(x, *_parts_of(packed), rounded)
@@ -60,7 +60,7 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
 
 
 def _multiply(packed: PackedWeight, x: Tensor, rounded: bool) -> Tensor:
-    """The product of :func:`multiply`, which ``torch.compile`` cannot look into."""
+    """The product of ``multiply``, which ``torch.compile`` cannot look into."""
     device = x.device.type
     kernels = None
     if x.dtype in FLOAT_TYPES.values():
@@ -186,7 +186,7 @@ def _kernels(device: str) -> ModuleType | None:
 def _multiply_tiled(
     packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., Any] | None
 ) -> Tensor:
-    """The product of :func:`multiply`, from one dense tile of rows after another, by torch."""
+    """The product of ``multiply``, from one dense tile of rows after another, by torch."""
     out, columns = packed.shape
     few = len(x) <= FEW_TOKENS and x.dtype == torch.bfloat16 and x.is_cpu
     weights = FEW_TILE if few else TILE
@@ -213,7 +213,7 @@ def _multiply_tiled(
 def _assemble(
     parts: Sequence[Tensor | None], columns: int, name: str = "weight"
 ) -> PackedWeight:
-    """The packed weight of the tensors of :data:`FIELDS`; one mask for several rows is that of the layout ``dense``.
+    """The packed weight of the tensors of ``FIELDS``; one mask for several rows is that of the layout ``dense``.
 
     A FormatError says that the values have a type that the format does not have."""
     mask, values, offsets = (part for part in parts[:3] if part is not None)
@@ -243,12 +243,12 @@ def _assemble(
 
 
 def _parts_of(packed: PackedWeight) -> list[Tensor | None]:
-    """The tensors of :data:`FIELDS`, as the operators take them."""
+    """The tensors of ``FIELDS``, as the operators take them."""
     return [getattr(packed, field) for field in FIELDS]
 
 
 def _dense(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """:func:`~sparsepack.layout.unpack`, as an operator where a model is compiled."""
+    """``sparsepack.layout.unpack``, as an operator where a model is compiled."""
     if torch.compiler.is_compiling():
         columns = packed.shape[1]
         weight: Tensor = torch.ops.sparsepack.unpack(*_parts_of(packed), columns, dtype)
@@ -310,7 +310,7 @@ class PackedLinear(nn.Module):
 
     ``weight`` is a placeholder with one element. It has the dtype and device that other code reads from a linear's
     weight, and its shape makes loaders without support for the format raise an error. The packed weight is in the
-    buffers :data:`PACKED_BUFFERS`. ``.to`` moves them, but a change of dtype converts only the placeholder and the
+    buffers ``PACKED_BUFFERS``. ``.to`` moves them, but a change of dtype converts only the placeholder and the
     bias: values keep the type in which they were packed."""
 
     weight: Tensor
@@ -469,7 +469,7 @@ def row_scale(module: Any) -> float | None:
 
 
 class PackedEmbedding(PackedLinear):
-    """An embedding whose :func:`row_scale` is known, with rows of int8, which may be the output head's too."""
+    """An embedding whose ``row_scale`` is known, with rows of int8, which may be the output head's too."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         rows, columns = embedding.weight.shape

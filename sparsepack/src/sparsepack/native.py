@@ -65,10 +65,10 @@ def multiply(
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
-            :func:`sparsepack.validation.validate`; it is not checked again.
-        x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
+            ``sparsepack.validation.validate``; it is not checked again.
+        x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to ``MAX_TOKENS`` tokens, on the CPU.
         rounded: round ``x`` to int8, see above.
-        kernel: an instruction set other than :func:`available`'s.
+        kernel: an instruction set other than ``available``'s.
 
     Raises:
         KernelError: there is no such kernel here, or types, shapes or devices do not fit.
@@ -93,7 +93,7 @@ def multiply(
 
 
 def least_tokens(packed: PackedWeight, *, kernel: str | None = None) -> int | None:
-    """The number of tokens from which :func:`multiply_tiles` is faster than :func:`multiply`; None if it does not take
+    """The number of tokens from which ``multiply_tiles`` is faster than ``multiply``; None if it does not take
     the weight. It takes bf16, int8 and int4, where the processor multiplies bf16 itself."""
     library, index = _kernel(kernel)
     kind = _VALUE_TYPES[packed.value_type]
@@ -108,12 +108,12 @@ def multiply_tiles(
 
     Sixteen rows of the weight are decoded at once and used for all tokens. Weights with scales of columns are rounded
     to bf16; those with a scale of the row are exact. Numbers below 2⁻¹²⁶ count as zero. Neither threads nor other
-    tokens change a bit, but the order of sums is not that of :func:`multiply`.
+    tokens change a bit, but the order of sums is not that of ``multiply``.
 
     Args:
-        packed: ``W (out, in)``, see :func:`multiply` and :func:`least_tokens`.
+        packed: ``W (out, in)``, see ``multiply`` and ``least_tokens``.
         x: ``(tokens, in)`` of bf16, at least one token, on the CPU.
-        kernel: an instruction set other than :func:`available`'s.
+        kernel: an instruction set other than ``available``'s.
 
     Raises:
         KernelError: the instruction set has no tiles for this weight, or types, shapes or devices do not fit.
@@ -150,7 +150,7 @@ def unpack_rows(
     kernel: str | None = None,
 ) -> None:
     """Writes rows ``first:last`` of a packed weight into ``out``: contiguous ``(last - first, in)`` of fp32, bf16 or
-    fp16 on the CPU. Values are rounded to its type once. Other arguments, errors: see :func:`multiply`."""
+    fp16 on the CPU. Values are rounded to its type once. Other arguments, errors: see ``multiply``."""
     library, index = _kernel(kernel)
     rows, columns = packed.shape
     if not 0 <= first <= last <= rows:
@@ -166,7 +166,7 @@ def unpack_rows(
 
 
 def decode(plan: Tensor, steps: Tensor) -> None:
-    """Passes a token of each sequence through the decoder that a plan of :mod:`sparsepack.decode` describes; ``steps
+    """Passes a token of each sequence through the decoder that a plan of ``sparsepack.decode`` describes; ``steps
     (sequences, 4)`` has token, position, and capacity and address of the cache, in int64."""
     library, index = _kernel(None)
     numbers = [index, plan.data_ptr(), steps.data_ptr(), len(steps)]
@@ -239,7 +239,7 @@ def _kind(tensor: Tensor, what: str) -> int:
 
 
 def addresses(packed: PackedWeight) -> tuple[int, ...]:
-    """The extension's arguments for a weight that passed :func:`sparsepack.validation.validate`.
+    """The extension's arguments for a weight that passed ``sparsepack.validation.validate``.
 
     Raises:
         KernelError: it is not on the CPU, or has codes of N:M.

@@ -1,8 +1,8 @@
 """Rows and columns of packed weights, and several packed weights as one, for programs that divide or fuse linears.
 
 All work on stored numbers, so nothing is rounded again. Weights have passed
-:func:`sparsepack.validation.validate`, are on the CPU, and are bitmasks or dense, as
-:func:`~sparsepack.layout.as_bitmask` returns them.
+``sparsepack.validation.validate``, are on the CPU, and are bitmasks or dense, as
+``sparsepack.layout.as_bitmask`` returns them.
 """
 
 from __future__ import annotations

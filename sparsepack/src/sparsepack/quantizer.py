@@ -56,7 +56,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Replaces the linears with packed weights by :class:`~sparsepack.module.PackedLinear`.
+    """Replaces the linears with packed weights by ``sparsepack.module.PackedLinear``.
 
     Loading raises a FormatError if files are damaged, do not fit ``config.json``, or are not those of the model."""
 

@@ -180,7 +180,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
 
     Args:
         packed: ``W (out, in)``, a bitmask or dense, that passed validation, on the device of ``x``.
-        x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
+        x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to ``MAX_TOKENS`` tokens.
 
     Raises:
         KernelError: there is no GPU to run on, or layout, shapes, types or devices do not fit.

@@ -1,4 +1,4 @@
-"""The commands: each calls :mod:`sparsellm.api` or :mod:`sparsepack`, and returns a JSON value and what prints it."""
+"""The commands: each calls ``sparsellm.api`` or ``sparsepack``, and returns a JSON value and what prints it."""
 
 from __future__ import annotations
 

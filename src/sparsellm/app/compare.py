@@ -70,7 +70,7 @@ AnyNumber = Annotated[float, SkipValidation]  # the recipe checks it
 
 
 class Measured(Record):
-    """The measurements of one cell, as in :class:`~sparsellm.records.Against`."""
+    """The measurements of one cell, as in ``sparsellm.records.Against``."""
 
     name: str  # that of its directory
     sparsity: float  # in the pruned linears
@@ -89,7 +89,7 @@ class Measured(Record):
 
 
 class Comparison(Record):
-    """The result of :func:`compare`, with the cells of the call."""
+    """The result of ``compare``, with the cells of the call."""
 
     out: Path
     page: Path | None  # None without the chart library, and for a single cell
@@ -155,17 +155,17 @@ def compare(  # noqa: PLR0913 - the Python door
     of torch.distributed divide the work of each cell.
 
     Args:
-        model, progress: as in :func:`sparsellm.prune`, the model by name; none with code of its own.
+        model, progress: as in ``sparsellm.prune``, the model by name; none with code of its own.
         out: the directory; an earlier comparison in it goes on. Calibration texts are read again, to compare them
             with what its finished runs have read.
-        cells: the recipe of each cell by the name of its directory, as :func:`cells_of` makes them.
-        text, seq_len, max_tokens: those of :func:`sparsellm.evaluate`.
+        cells: the recipe of each cell by the name of its directory, as ``cells_of`` makes them.
+        text, seq_len, max_tokens: those of ``sparsellm.evaluate``.
         speed: whether the speed of decoding is measured too.
         max_bytes: the most bytes of packed weight files of a recommended cell.
 
     Raises:
         SparseLLMError: a recipe, the model or the text is wrong; ``out`` or the directory of a cell is refused as that
-            of :func:`sparsellm.prune`, or holds a finished run of other settings, or of another calibration text.
+            of ``sparsellm.prune``, or holds a finished run of other settings, or of another calibration text.
     """
     place = check_folder(out)
     _check_asked(cells, speed)
@@ -217,7 +217,7 @@ def _naming(cell: str) -> Iterator[None]:
 
 
 def _check_asked(cells: Mapping[str, Recipe], speed: bool) -> None:
-    """Refuses wrong arguments of :func:`compare`, before anything is opened."""
+    """Refuses wrong arguments of ``compare``, before anything is opened."""
     if not cells or not all(
         isinstance(recipe, Recipe) and Path(name).name == name
         for name, recipe in cells.items()

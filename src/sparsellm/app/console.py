@@ -89,7 +89,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Same as :func:`visible`, with line breaks as escapes too."""
+    """Same as ``visible``, with line breaks as escapes too."""
     return _ENDS_OF_LINES.sub(_escape, visible(text))
 
 

@@ -121,7 +121,7 @@ def run_demo(
     """Runs the demo. Its model is downloaded from the package index once; its text is part of Python.
 
     ``out`` is a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
-    The other arguments are those of :func:`sparsellm.prune`. Without the model and a package index, a ModelError; where
+    The other arguments are those of ``sparsellm.prune``. Without the model and a package index, a ModelError; where
     ``out`` cannot take the checkpoints, a StorageError."""
     # the directories in the cache belong to the demo
     overwrite = overwrite or out is None

@@ -185,11 +185,11 @@ def _commands_with(option: str, context: Any) -> list[str]:
     """The names of the commands that have an option."""
     if context is None or context.parent is None:
         return []
-    found = []
+    commands = []
     for name, command in context.parent.command.commands.items():
         if any(option in parameter.opts for parameter in command.params):
-            found.append(name)
-    return found
+            commands.append(name)
+    return commands
 
 
 def _missing(parameter: Any) -> str:

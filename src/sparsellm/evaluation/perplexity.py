@@ -43,7 +43,7 @@ class Kept:
         )
 
     def outputs(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
-        """Same as :func:`_outputs`; the outputs on the first windows that it is called with are kept."""
+        """Same as ``_outputs``; the outputs on the first windows that it is called with are kept."""
         # a chain whose blocks a run has pruned may share weights between blocks
         with self.chain.unpruned():
             if self._kept is None:

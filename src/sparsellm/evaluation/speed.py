@@ -34,7 +34,7 @@ def compared_speed(
     device: str = "cpu",
     **settings: Any,
 ) -> Benchmark:
-    """Same as :func:`sparsepack.bench.compare` for models by name, as a record. Raises ModelError if one is not found,
+    """Same as ``sparsepack.bench.compare`` for models by name, as a record. Raises ModelError if one is not found,
     or the first is not packed."""
     measured_on = resolve_device(device)
     place = checkpoint_directory(os.fspath(packed))

@@ -71,7 +71,7 @@ def run_tasks(
     *,
     bos: bool,
 ) -> Tasks:
-    """Value and standard error of every metric of some tasks, whose manager :func:`find_tasks` returned; groups and
+    """Value and standard error of every metric of some tasks, whose manager ``find_tasks`` returned; groups and
     their members are listed alike. With ``bos``, lm-eval puts BOS before a text. A task that fails is a DataError, and
     one without a finite metric a NumericalError."""
     import lm_eval

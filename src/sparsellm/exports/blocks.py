@@ -25,7 +25,7 @@ def block_type(grid: Grid) -> str | None:
 
 
 def to_blocks(codes: Tensor, scales: Tensor, grid: Grid) -> np.ndarray:
-    """The numbers ``codes`` of a grid, int8 ``(out, in)``, and scales as :func:`~sparsepack.grid.codes_of` has them, as
+    """The numbers ``codes`` of a grid, int8 ``(out, in)``, and scales as ``sparsepack.grid.codes_of`` has them, as
     blocks: uint8 ``(out, bytes of a row)``. The blocks are those of the grid for rows of this length."""
     grid = grid_for(grid.name, codes.shape[1])
     rows = len(codes)

@@ -116,7 +116,7 @@ def expected_bytes(
     heads: Collection[str],
     head: str,
 ) -> int:
-    """As :func:`other_bytes`, of a file that llama.cpp's converter will make: it keeps matrices, and has vectors in
+    """As ``other_bytes``, of a file that llama.cpp's converter will make: it keeps matrices, and has vectors in
     F32. ``metadata`` are the bytes of the keys; ``heads`` are the tensors of embedding and head."""
     total = metadata
     for key in reader:
@@ -151,7 +151,7 @@ def write_gguf(
     """Writes a GGUF file, complete or not at all, and returns its record with its size.
 
     ``keep`` is called with that record before the file gets its name. Only with ``overwrite`` does it take the place of
-    another GGUF file. A ModelError as by :class:`Contents`; a StorageError says that a weight is not on the grid, that
+    another GGUF file. A ModelError as by ``Contents``; a StorageError says that a weight is not on the grid, that
     the file cannot be written, or that another has its name."""
     template = contents.template
     tensors = template.reader.tensors

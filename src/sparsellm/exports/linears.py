@@ -65,7 +65,7 @@ class OnGrid:
         return GRIDS[max(weights, key=weights.__getitem__)]
 
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
-        """Numbers and scales of a linear, as of :func:`~sparsepack.grid.codes_of`; StorageError if off the grid."""
+        """Numbers and scales of a linear, as of ``sparsepack.grid.codes_of``; StorageError if off the grid."""
         stored = self.reader.get(key)
         if key in self.transposed:
             weight = stored.t().contiguous()

@@ -124,10 +124,10 @@ def row_order(there: Tensor, before: Tensor, now: Tensor) -> Tensor | None:
     places = dict(zip(rows, order.tolist(), strict=True))
     # equal rows have one place, that of their last
     one_place = [places[row] for row in rows]
-    found = [places.get(row, -1) for row in _digests(there)]
-    if sorted(found) != sorted(one_place) or not torch.equal(now[one_place], now):
+    positions = [places.get(row, -1) for row in _digests(there)]
+    if sorted(positions) != sorted(one_place) or not torch.equal(now[one_place], now):
         return None
-    return torch.tensor(found)
+    return torch.tensor(positions)
 
 
 def _digests(rows: Tensor) -> list[bytes]:

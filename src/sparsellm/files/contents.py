@@ -1,6 +1,6 @@
 """Tells the files that sparsellm wrote into a checkpoint from all others; only the former are ever replaced.
 
-A checkpoint lists its files with their digests in :data:`LIST`. What is not listed, or has changed since, is foreign.
+A checkpoint lists its files with their digests in ``LIST``. What is not listed, or has changed since, is foreign.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def is_intact(directory: Path) -> bool:
 
 def check_weights(directory: Path) -> None:
     """Raises StorageError, with the weight files that differ, if a result has other weights than those that its numbers
-    are of. Whatever shows or keeps a number of a result calls this; see :func:`weights_difference`."""
+    are of. Whatever shows or keeps a number of a result calls this; see ``weights_difference``."""
     difference = weights_difference(directory)
     if difference is not None:
         raise StorageError(
@@ -219,7 +219,7 @@ def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
 
 
 def _digest_of(path: Path) -> str:
-    """The SHA-256 of a file, as :func:`_digest`."""
+    """The SHA-256 of a file, as ``_digest``."""
     status = path.stat()
     return _digest(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 

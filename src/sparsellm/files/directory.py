@@ -88,7 +88,7 @@ def differences(
 
 class WorkingDirectory(contextlib.ExitStack):
     """``<out>.partial``, locked until it is closed: created, or taken over from an earlier process of the same run.
-    Raises StorageError as :func:`check_destination`, or if it holds another run or foreign files, or is in use."""
+    Raises StorageError as ``check_destination``, or if it holds another run or foreign files, or is in use."""
 
     def __init__(
         self,
@@ -281,7 +281,7 @@ def check_place(
 
 
 def check_folder(out: Place, sources: Iterable[Place] = ()) -> Path:
-    """The directory in which several checkpoints are written, as :func:`check_place`. Raises StorageError for a
+    """The directory in which several checkpoints are written, as ``check_place``. Raises StorageError for a
     checkpoint too, which could not be replaced any more."""
     place = check_place(out, sources)
     if checkpoints_among(place):

@@ -43,7 +43,7 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
 
 
 def create_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
-    """Same as :func:`replace_atomically`, but a file that has the name by then stays, and a StorageError says so."""
+    """Same as ``replace_atomically``, but a file that has the name by then stays, and a StorageError says so."""
     return _named_when_complete(path, write, _take_free_name)
 
 
@@ -98,7 +98,7 @@ def _take_free_name(temporary: Path, path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes ``data`` as :func:`replace_atomically` does."""
+    """Writes ``data`` as ``replace_atomically`` does."""
     replace_atomically(path, lambda file: write_all(file, data))
 
 
@@ -149,7 +149,7 @@ def remove_torn(folder: Path) -> None:
 
 
 def keep_record(path: Path, record: object) -> None:
-    """Writes a dataclass, a pydantic model or a dict as JSON, as :func:`replace_atomically` does."""
+    """Writes a dataclass, a pydantic model or a dict as JSON, as ``replace_atomically`` does."""
     write_bytes(
         path,
         json.dumps(to_jsonable_python(record), ensure_ascii=False, indent=1).encode(),
@@ -157,7 +157,7 @@ def keep_record(path: Path, record: object) -> None:
 
 
 def kept_record(path: Path, kind: type[T]) -> T | None:
-    """The record that :func:`keep_record` wrote; None if the file is absent, damaged or something else."""
+    """The record that ``keep_record`` wrote; None if the file is absent, damaged or something else."""
     try:
         return TypeAdapter(kind).validate_python(read_object(path))
     except (StorageError, ValidationError):

@@ -70,7 +70,7 @@ def check_header(path: Path) -> tuple[list[str], str, int]:
 def _read_all(
     file: BinaryIO, size: int
 ) -> tuple[dict[str, int], int, int, list[str], str, int]:
-    """The integers by key, the number of tensors, their largest dimension, and what :func:`check_header` returns."""
+    """The integers by key, the number of tensors, their largest dimension, and what ``check_header`` returns."""
     file.seek(4)  # after the magic
     version, tensors, pairs = _read(file, "<IQQ")
     if version not in (2, 3):

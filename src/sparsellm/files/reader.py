@@ -117,7 +117,7 @@ class CheckpointReader:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """One tensor that owns its memory, in ``dtype`` if that is given and the tensor has floating point. Raises
-        StorageError if its file is gone or truncated, or is not the one that was opened; if :meth:`digests` are known,
+        StorageError if its file is gone or truncated, or is not the one that was opened; if ``digests`` are known,
         the values are compared instead, at the first read and whenever the file seems changed."""
         stored = self._stored[name]
         digest = self._digests.get(name)
@@ -187,7 +187,7 @@ class Outline(CheckpointReader):
 
 class PackedReader(CheckpointReader):
     """The tensors of a packed checkpoint, dense: each weight is unpacked when it is read. Raises StorageError for what
-    :class:`~sparsepack.checkpoint.PackedTensors` refuses."""
+    ``sparsepack.checkpoint.PackedTensors`` refuses."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)

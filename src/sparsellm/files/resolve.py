@@ -48,7 +48,7 @@ def checkpoint_directory(
 ) -> Path:
     """The directory of a checkpoint, which is downloaded or converted first if needed. A ModelError, which calls the
     model by the name of its ``argument``, says that there is none, or that it cannot be fetched. ``check`` is called
-    with the directory of its config before weights are downloaded; ``dtype`` is that of :func:`gguf_checkpoint`."""
+    with the directory of its config before weights are downloaded; ``dtype`` is that of ``gguf_checkpoint``."""
     if model == "demo":
         return remember(gguf_checkpoint(demo_gguf(), dtype), model)
     check_name(model, argument)
@@ -87,7 +87,7 @@ def checkpoint_directory(
 
 
 def config_place(model: str, dtype: str = "auto") -> Path:
-    """A directory with the config of a model, or its config file, to plan with: as :func:`checkpoint_directory`, but of
+    """A directory with the config of a model, or its config file, to plan with: as ``checkpoint_directory``, but of
     a hub id, only the config is downloaded if it is not there."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # it cannot be a path
         path = Path(model).expanduser()

@@ -138,7 +138,7 @@ class _Pinned:
 
 
 def powers(size: int) -> list[int]:
-    """Powers of two that add up to ``size``, and what is left below :data:`SMALL`: torch pins no others."""
+    """Powers of two that add up to ``size``, and what is left below ``SMALL``: torch pins no others."""
     large = [
         1 << bit
         for bit in reversed(range(size.bit_length()))
@@ -148,7 +148,7 @@ def powers(size: int) -> list[int]:
 
 
 class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
-    """A list of tensors, each on the store's device, in memory, or in a file, where :class:`Scratch` has room.
+    """A list of tensors, each on the store's device, in memory, or in a file, where ``Scratch`` has room.
 
     An item is read as a tensor on the store's device, without gradients; to change it, assign it. Closing the store, or
     the end of its ``with`` block, frees its room."""

@@ -124,7 +124,7 @@ class CheckpointWriter:
         return self.work.out
 
     def write_config(self, path: Path) -> None:
-        """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`, its path and what may stop it running."""
+        """Writes the config of a file without ``FOREIGN_CONFIG_KEYS``, its path and what may stop it running."""
         config = read_object(path)
         for key in (*FOREIGN_CONFIG_KEYS, "_name_or_path", "return_dict"):
             config.pop(key, None)
@@ -146,7 +146,7 @@ def written(work: WorkingDirectory, shards: int) -> Iterator[CheckpointWriter]:
 
 def joined(sizes: Sequence[int]) -> list[list[int]]:
     """The numbers of the parts that each shard holds, in order, by the bytes of every part. A shard has one part, or
-    several with no more than :data:`SHARD_BYTES` together."""
+    several with no more than ``SHARD_BYTES`` together."""
     shards: list[list[int]] = []
     held = 0
     for part, size in enumerate(sizes):

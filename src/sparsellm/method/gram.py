@@ -111,7 +111,7 @@ class Gram:
         return total.clamp_(min=0.0)
 
     def inverse(self, damping: float) -> Factor:
-        """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`."""
+        """``(G + λI)⁻¹``, symmetric; damping as in ``cholesky``."""
 
         def invert() -> Factor:
             factor = self.cholesky(damping)
@@ -122,7 +122,7 @@ class Gram:
         return self.remember(("inverse", damping), invert)
 
     def inverse_cholesky(self, damping: float) -> Factor:
-        """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``; damping as in :meth:`cholesky`.
+        """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``; damping as in ``cholesky``.
 
         With inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one factorisation and a
         triangular inverse, more accurate than factorising an inverse."""
@@ -251,7 +251,7 @@ class CrossAccumulator:
     def update(
         self, target: Tensor, x: Tensor, token_weights: Tensor | None = None
     ) -> None:
-        """Adds tokens ``target (..., out)``, ``x (..., features)``; weights as in :class:`GramAccumulator`."""
+        """Adds tokens ``target (..., out)``, ``x (..., features)``; weights as in ``GramAccumulator``."""
         for product, target_rows, rows in _chunks(
             (target, x), token_weights, self.total.device
         ):
@@ -281,7 +281,7 @@ def least_squares(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> F
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``, for ``C = TᵀX / N``.
 
     In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``. Weights on dead
-    inputs equal the prior. Damping and errors are as in :meth:`Gram.cholesky`."""
+    inputs equal the prior. Damping and errors are as in ``Gram.cholesky``."""
     factor = gram.cholesky(damping)
     residual = cross - prior @ gram.matrix  # (out, features)
     change = torch.cholesky_solve(residual.T, factor.matrix).T

@@ -134,7 +134,7 @@ class RunOrder(list[str]):
 
 class InputGroups:
     """Groups linears whose input is the very same tensor, in the order in which they run, so that they share one Gram
-    matrix: in a Llama ``[q, k, v], [o], [gate, up], [down]``. The first batch (until :meth:`freeze`) decides."""
+    matrix: in a Llama ``[q, k, v], [o], [gate, up], [down]``. The first batch (until ``freeze``) decides."""
 
     def __init__(self) -> None:
         self.groups: list[Group] = []

@@ -58,7 +58,7 @@ class Call:
 
 
 class Chain(ModelWeights):
-    """A decoder-only model, block by block. Build one with :func:`open_chain`."""
+    """A decoder-only model, block by block. Build one with ``open_chain``."""
 
     # the mode in which blocks multiply fp32 matrices in bf16; None for fp32
     products: Bf16Products | None = None
@@ -124,7 +124,7 @@ class Chain(ModelWeights):
     @torch.no_grad()
     def check_handed(self, ids: Tensor) -> None:
         """Runs all blocks on token ids ``(batch, seq)``, if they return more than hidden states. Raises ModelError if a
-        block reads other values, such as a router's state, that the block before it returned: :meth:`start` records
+        block reads other values, such as a router's state, that the block before it returned: ``start`` records
         those of block 0 alone, and every later block would get them."""
         if not self._others:
             return

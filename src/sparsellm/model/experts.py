@@ -271,7 +271,7 @@ def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tens
 
 
 def _forward_of_all(self: Any, inputs: Tensor) -> Tensor:
-    """:func:`_forward` for inputs ``(experts · tokens, width)`` that are weighted, and zero where not routed."""
+    """``_forward`` for inputs ``(experts · tokens, width)`` that are weighted, and zero where not routed."""
     by_expert = inputs.view(len(Mixture(self, "")), -1, inputs.shape[-1])
     numbers, tokens = torch.where((by_expert != 0).any(-1))
     ones = inputs.new_ones(len(numbers), 1)

@@ -1,6 +1,6 @@
 """The matrices of a block: those that count towards the sparsity, and those among them that no linear owns.
 
-Stacks of experts that :mod:`sparsellm.model.experts` does not know belong to no linear and stay dense, but they count.
+Stacks of experts that ``sparsellm.model.experts`` does not know belong to no linear and stay dense, but they count.
 Names and shapes alone are read, so no weights need be loaded.
 """
 
@@ -68,7 +68,7 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
 
 
 def all_matrices(chain: Chain) -> list[BlockMatrix]:
-    """:func:`block_matrices` of every block."""
+    """``block_matrices`` of every block."""
     return [
         matrix for index in range(len(chain)) for matrix in block_matrices(chain, index)
     ]
@@ -127,7 +127,7 @@ def unmatched_patterns(
 
 def outside_blocks(chain: Chain) -> list[str]:
     """A warning that names the linears outside blocks, towers and head, which stay dense and do not count, if they have
-    more than :data:`DENSE_LIMIT` of the weights of the blocks."""
+    more than ``DENSE_LIMIT`` of the weights of the blocks."""
     inside = tuple(f"{name}." for name in (*chain.block_names, *chain.towers))
     head = chain.model.get_output_embeddings()
     linears = [
@@ -157,7 +157,7 @@ def refuse_silent_dense(
     """Refuses a model of which a large part would stay dense although the recipe does not accept that.
 
     In each block, the matrices that no linear owns, without gates and those that ``accepted`` names or ``only`` does
-    not, may be at most :data:`DENSE_LIMIT` of the weights. The ModelError has an ``allow_dense`` that accepts them."""
+    not, may be at most ``DENSE_LIMIT`` of the weights. The ModelError has an ``allow_dense`` that accepts them."""
     refused: list[BlockMatrix] = []
     in_block: list[int] = []
     for index in range(len(chain)):

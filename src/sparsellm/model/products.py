@@ -144,5 +144,5 @@ def attention_for(device: torch.device) -> contextlib.AbstractContextManager[Any
 
 
 def _is_plain(device: torch.device) -> bool:
-    """Whether :func:`attention_for` has attention computed as plain products."""
+    """Whether ``attention_for`` has attention computed as plain products."""
     return device.type == "cuda" and torch.is_grad_enabled()

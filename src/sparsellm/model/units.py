@@ -92,7 +92,7 @@ def find_feed_forward(
 
 
 def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit[LinearView] | None:
-    """The unit that reproduces the input of ``down`` best; None if none is within :data:`TOLERANCE`. Several may be:
+    """The unit that reproduces the input of ``down`` best; None if none is within ``TOLERANCE``. Several may be:
     the GELUs differ by no more than the rounding of half precision."""
     earlier = [call for call in before if call.output.shape == down.input.shape]
     candidates: list[tuple[float, FeedForwardUnit[LinearView]]] = []

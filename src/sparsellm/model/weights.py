@@ -223,7 +223,7 @@ class ModelWeights:
         return len(self.blocks)
 
     def linears(self, index: int) -> list[LinearView]:
-        """The linears of block ``index``, without :attr:`gates` and those tied to embedding, head or earlier blocks."""
+        """The linears of block ``index``, without ``gates`` and those tied to embedding, head or earlier blocks."""
         linears = []
         for name, module in iterate_linears(
             self.blocks[index], self.block_names[index]
@@ -323,7 +323,7 @@ class ModelWeights:
             self._release(self._run_outer)
 
     def outer_elements(self, *, head: bool = True) -> int:
-        """The number of elements that :meth:`outer` loads."""
+        """The number of elements that ``outer`` loads."""
         return sum(
             self.value(name).numel()
             for name in {self._names(name)[0] for name in self._outer_names(head)}

@@ -92,7 +92,7 @@ def card(directory: Checkpoint) -> Path:
 
 
 def is_behind(directory: Path) -> bool:
-    """Whether the card of a checkpoint is sparsellm's, and another than :func:`card` would write: a process was killed
+    """Whether the card of a checkpoint is sparsellm's, and another than ``card`` would write: a process was killed
     after it had added results."""
     path = directory / CARD
     if not is_unedited(path):
@@ -125,7 +125,7 @@ def check_card(directory: Path) -> None:
 
 
 def is_unedited(path: Path) -> bool:
-    """Whether a card is as :func:`card_text` made it."""
+    """Whether a card is as ``card_text`` made it."""
     if not path.is_file():  # a pipe or a device might not end
         return False
     try:
@@ -143,7 +143,7 @@ def card_text(
     exported: Export | None = None,
     files: Sequence[Export] = (),
 ) -> str:
-    """The text of a card, with a mark by which :func:`is_unedited` knows it. It does not name the directory, which may
+    """The text of a card, with a mark by which ``is_unedited`` knows it. It does not name the directory, which may
     be moved. Texts that come from files and users stand in code spans and blocks, so they are never markup.
 
     Args:

@@ -220,7 +220,7 @@ def by_block(
 
 
 def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
-    """Linears by kind; where kinds and blocks make more than :data:`_CELLS` cells, those of further kinds together."""
+    """Linears by kind; where kinds and blocks make more than ``_CELLS`` cells, those of further kinds together."""
     kinds = by_kind(pruning.linears)
     most = max(1, _CELLS // len(pruning.blocks))
     if len(kinds) <= most:

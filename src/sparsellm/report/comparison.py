@@ -98,11 +98,11 @@ def write_comparison(
 ) -> Path:
     """Writes one page that compares pruned checkpoints of one model, and returns its path. It recommends a
     run with a recovery of at least ``recover``, and at most ``max_bytes`` of packed weight files, as far as their size
-    is known; if both are None, one that recovers :data:`RECOVERY`.
+    is known; if both are None, one that recovers ``RECOVERY``.
 
     Raises:
         StorageError: a directory was not written by ``prune``, is named twice or is of another base model, or ``out``
-            is refused, as by :func:`write_page`.
+            is refused, as by ``write_page``.
         MissingExtraError: the chart library is not installed.
     """
     records = [read_checkpoint(directory) for directory in directories]

@@ -63,7 +63,7 @@ def write_report(
 
 
 def write_page(page: bytes, out: Place) -> Path:
-    """Writes a page, and returns its path, links to its folder resolved; errors as in :func:`check_page`."""
+    """Writes a page, and returns its path, links to its folder resolved; errors as in ``check_page``."""
     # first, so that a file that appears after it was looked at is not replaced
     new = not os.path.lexists(os.path.expanduser(out))
     place = check_page(out)

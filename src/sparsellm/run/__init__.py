@@ -1,1 +1,1 @@
-"""One pruning run from start to end: :mod:`sparsellm.run.prune` is its story."""
+"""One pruning run from start to end: ``sparsellm.run.prune`` is its story."""

@@ -75,7 +75,7 @@ class MeasuredRoom(Room):
 
     Attributes:
         limit: the most bytes that may be held.
-        working: the most that was held at any time since :meth:`expect`, without what users had reserved then.
+        working: the most that was held at any time since ``expect``, without what users had reserved then.
         most_taken: the most that users had reserved at any time.
     """
 
@@ -268,7 +268,7 @@ def elements_of(chain: Chain, index: int) -> int:
 def choose_sweep(
     chain: Chain, budget: Budget, *, unrounded: bool, ranks: int, step_tokens: int
 ) -> str:
-    """How the sweep holds the blocks: the first way of :data:`RESIDENT` for which the budget has room, else streamed.
+    """How the sweep holds the blocks: the first way of ``RESIDENT`` for which the budget has room, else streamed.
 
     Args:
         unrounded: whether the sweep trains values that are rounded when a block runs.

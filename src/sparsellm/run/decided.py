@@ -63,7 +63,7 @@ class Decided:
 def open_and_decide(
     request: Request, clock: PhaseClock, progress: ProgressCallback
 ) -> tuple[Models, Budget, Decided]:
-    """What a run opens, may hold and does. Errors as :func:`open_run` and :func:`decide`."""
+    """What a run opens, may hold and does. Errors as ``open_run`` and ``decide``."""
     models = open_run(request, clock, progress)
     budget = Budget(request.recipe, models.chain.device)
     return models, budget, decide(request, models, budget, clock, progress)

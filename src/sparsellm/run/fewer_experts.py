@@ -202,7 +202,7 @@ def _with_run(
 
 def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
     """Writes the model of a request without some experts, from where an earlier process stopped, and returns its
-    directory; errors as :func:`open_removal`."""
+    directory; errors as ``open_removal``."""
     clock = PhaseClock()
     step = open_removal(request, clock, progress)
     chain = step.models.chain
@@ -251,7 +251,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
 
 
 def removal_before(recipe: Recipe, directory: Path | None) -> RemovalRecord | None:
-    """What was removed from the model that :func:`remove_experts_of` wrote into this directory; None if the recipe
+    """What was removed from the model that ``remove_experts_of`` wrote into this directory; None if the recipe
     removes nothing."""
     if recipe.experts is None or directory is None:
         return None

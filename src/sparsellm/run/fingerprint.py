@@ -47,7 +47,7 @@ def model_fingerprint(chain: Chain, progress: ProgressCallback = ignore) -> str:
 
 
 def start_fingerprint(start: CheckpointReader, progress: ProgressCallback) -> str:
-    """Same as :func:`model_fingerprint`, for the weights of a checkpoint alone."""
+    """Same as ``model_fingerprint``, for the weights of a checkpoint alone."""
     return _short(_on_disk(start, progress).encode())
 
 

@@ -371,7 +371,7 @@ def _by_unit(
     budgets: Mapping[str, float],
     total: float,
 ) -> dict[str, Form]:
-    """The form of each linear by :func:`best_forms`, with linears of one unit alike."""
+    """The form of each linear by ``best_forms``, with linears of one unit alike."""
     of_units = {names[0]: joined([tables[name] for name in names]) for names in units}
     for names in units:
         if not of_units[names[0]].forms:

@@ -134,7 +134,7 @@ class HeldOutWindows:
 
 
 def _windows(models: Models, recipe: Recipe) -> Tensor | None:
-    """The windows, as long as those of the calibration, but not longer than :data:`MOST_WIDTH`. None without a
+    """The windows, as long as those of the calibration, but not longer than ``MOST_WIDTH``. None without a
     tokenizer. Raises DataError for a text that cannot be read or is short."""
     tokenizer = models.tokenizer
     config = models.chain.config

@@ -70,7 +70,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """A finished block: the results of its linears, the :func:`conditions` under which it was pruned, seconds of each
+    """A finished block: the results of its linears, the ``conditions`` under which it was pruned, seconds of each
     phase since the previous block, the peak memory of the process so far in bytes, and the SHA-256 of the shard."""
 
     linears: list[LinearResult]
@@ -110,7 +110,7 @@ class Journal(contextlib.ExitStack):
         )
 
     def knows(self, name: str) -> bool:
-        """Whether the unfinished run has a record of this name. May be called before :meth:`open`."""
+        """Whether the unfinished run has a record of this name. May be called before ``open``."""
         return (
             self.out is not None
             and not self._restart
@@ -118,7 +118,7 @@ class Journal(contextlib.ExitStack):
         )
 
     def begun(self) -> int:
-        """The blocks that the unfinished run has records of, unverified. May be called before :meth:`open`."""
+        """The blocks that the unfinished run has records of, unverified. May be called before ``open``."""
         return sum(self.knows(shard.name) for shard in self._shards[: self.blocks])
 
     def open(self, identity: Identity, need_bytes: int, *, model: str) -> None:
@@ -277,7 +277,7 @@ def conditions() -> dict[str, str]:
 
 
 def other_conditions(records: list[BlockRecord]) -> list[str]:
-    """A warning if the first blocks were pruned under other :func:`conditions`: the last bits may then differ."""
+    """A warning if the first blocks were pruned under other ``conditions``: the last bits may then differ."""
     here = conditions()
     for index, record in reversed(list(enumerate(records))):
         other = {

@@ -51,7 +51,7 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
 
 
 def run(request: Request, progress: ProgressCallback) -> PruneResult:
-    """The run of a request. If its recipe removes experts, its model is the one that :func:`remove_experts_of` made."""
+    """The run of a request. If its recipe removes experts, its model is the one that ``remove_experts_of`` made."""
     clock = PhaseClock()
     models, budget, decided = open_and_decide(request, clock, progress)
     chain = models.chain
@@ -185,7 +185,7 @@ def _float16_explained(chain: Chain) -> Iterator[None]:
 
 
 def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
-    """Does all that :func:`prune` does before it writes, with its refusals, and returns the estimate of the run."""
+    """Does all that ``prune`` does before it writes, with its refusals, and returns the estimate of the run."""
     progress = progress if parallel.is_main() else ignore
     # an unfinished run, which the same command without --dry-run resumes, is not what is stopped
     interrupts.keeps("")

@@ -21,7 +21,7 @@ Model = str | os.PathLike[str] | PreTrainedModel
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`sparsellm.prune`, documented there."""
+    """The arguments of ``sparsellm.prune``, documented there."""
 
     model: Model
     recipe: Recipe

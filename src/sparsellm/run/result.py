@@ -67,7 +67,7 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
 
 
 def rounded_to(linears: Sequence[LinearResult]) -> tuple[str, str]:
-    """What values of all these linears are rounded to, a type and a grid as in :class:`RunRecord`; ``mixed`` for those
+    """What values of all these linears are rounded to, a type and a grid as in ``RunRecord``; ``mixed`` for those
     that differ."""
     named = {linear.values for linear in linears}
     if named == {KEEP} or not named:

@@ -51,8 +51,8 @@ def smallest(
     for _ in range(ROUNDS):
         step = (high - low) / (SIZES + 1)
         between = [low + step * number for number in range(1, SIZES + 1)]
-        found = divergences_at(between)
-        for bits, divergence in zip(between, found, strict=True):
+        divergences = divergences_at(between)
+        for bits, divergence in zip(between, divergences, strict=True):
             if divergence <= goal:
                 high = bits
                 break

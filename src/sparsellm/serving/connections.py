@@ -30,7 +30,7 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """A connection. It is closed if a request is not complete in :data:`REQUEST_SECONDS`. When there are too many, the
+    """A connection. It is closed if a request is not complete in ``REQUEST_SECONDS``. When there are too many, the
     one that has waited longest for its client is closed, so that silent clients keep nobody out."""
 
     _late: asyncio.TimerHandle | None = None

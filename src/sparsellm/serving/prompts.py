@@ -22,7 +22,7 @@ def open_model(
     name: str, options: dict[str, str], *, template: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a name, packed or dense, and its tokenizer. ``options`` are those of
-    :func:`sparsepack.loading.load`. A UserError says that the model, one of the options or the generation config cannot
+    ``sparsepack.loading.load``. A UserError says that the model, one of the options or the generation config cannot
     be found, read or used, or that an asked-for chat ``template`` is missing."""
     directory = checkpoint_path(checkpoint_directory(name))
     tokenizer = load_tokenizer(directory)  # first: weights take longer

@@ -132,7 +132,7 @@ def serve(
     options: dict[str, str],
     log: Callable[[str], None],
 ) -> None:
-    """Serves a checkpoint until a signal stops it. ``options`` are those of :func:`sparsepack.loading.load`; ``log``
+    """Serves a checkpoint until a signal stops it. ``options`` are those of ``sparsepack.loading.load``; ``log``
     gets a line at the start, and unless quiet one for each request."""
     listening, key = open_door(settings)
     with listening:

@@ -48,8 +48,8 @@ def chat(
 ) -> None:
     """Answers each line of stdin with a model by its name, packed or dense, until the end of stdin or a command.
 
-    ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about
-    the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
+    ``options`` are those of ``sparsepack.loading.load``; ``show`` prints a piece of an answer, ``say`` a line about
+    the conversation. Errors as in ``sparsellm.serving.prompts.chat_ids``."""
     model, tokenizer = open_model(directory, options, template=True)
     limit = context_limit(model.config)
     seed = manner.seed

@@ -77,7 +77,7 @@ class Worker:
     """Runs jobs, first come, first served: at most ``context`` tokens of a prompt and its answer, ``max_tokens`` of an
     answer, and ``queue`` jobs that wait.
 
-    The compiled decoder makes up to sixteen answers at once, with at most :data:`CONTEXTS` times ``context`` tokens
+    The compiled decoder makes up to sixteen answers at once, with at most ``CONTEXTS`` times ``context`` tokens
     together, prompts and answers. Transformers makes one after another."""
 
     def __init__(

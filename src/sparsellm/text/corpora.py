@@ -157,7 +157,7 @@ def read_c4(split: Split) -> Text:
 
 
 def fetch_c4_sample() -> Path:
-    """The file with the documents of :func:`read_c4_sample`, 40 MB, which the hub's client keeps in its cache. Raises
+    """The file with the documents of ``read_c4_sample``, 40 MB, which the hub's client keeps in its cache. Raises
     DataError if the hub cannot be reached."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]

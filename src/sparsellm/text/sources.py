@@ -38,7 +38,7 @@ TextGiven: TypeAlias = (
     | Mapping[str, Any]
     | Text
 )
-"""The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
+"""The types accepted as text: a source, a file, token ids, or a data set; see ``as_text``."""
 
 SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
 # The recipe records these as ``calibration``.
@@ -82,8 +82,8 @@ def shares_of(source: str) -> dict[str, float]:
 
 
 def check_sources(source: str, split: Split) -> list[tuple[str, str]]:
-    """:func:`check_source` for each source of a mixture, or for a source alone. Raises DataError also if the shares are
-    wrong (:func:`shares_of`), or for a mixture to evaluate on."""
+    """``check_source`` for each source of a mixture, or for a source alone. Raises DataError also if the shares are
+    wrong (``shares_of``), or for a mixture to evaluate on."""
     shares = shares_of(source)
     if len(shares) > 1 and split == "evaluation":
         raise DataError(
@@ -194,7 +194,7 @@ def _refuse_kind(source: str) -> None:
 
 
 def read_source(source: str, split: Split) -> Text:
-    """The text that a source string names. Raises DataError as :func:`check_source`, or if the text cannot be read."""
+    """The text that a source string names. Raises DataError as ``check_source``, or if the text cannot be read."""
     name, argument = check_source(source, split)
     if name in _PLAIN:
         text = _PLAIN[name](split)
@@ -277,7 +277,7 @@ def default_source(*, demo: bool) -> tuple[str, list[str]]:
 def settle_calibration(
     recipe: Recipe, calibration: str | Tensor | Text | None
 ) -> Recipe:
-    """The recipe with the name of ``calibration``, which :func:`as_text` checked; if None, its own, checked here."""
+    """The recipe with the name of ``calibration``, which ``as_text`` checked; if None, its own, checked here."""
     if calibration is None:
         if recipe.calibration is not None:
             check_sources(recipe.calibration, "calibration")

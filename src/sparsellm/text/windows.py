@@ -68,7 +68,7 @@ def calibration_windows(
     cost, because a repeated token only adds weight in a Gram matrix. A shorter text is drawn from as in the papers.
 
     Returns ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU; ``seq_len`` includes BOS, if a window
-    begins with it (:func:`leading_token`). Fresh windows overlap with no other, so a short text may have fewer or none;
+    begins with it (``leading_token``). Fresh windows overlap with no other, so a short text may have fewer or none;
     those of documents (``c4``) may overlap. Raises DataError if the source cannot be read, the text is too short for
     one window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
     if isinstance(source, str) and len(shares_of(source)) > 1:
@@ -201,7 +201,7 @@ def evaluation_windows(
 ) -> Tensor:
     """The text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
 
-    Returns ``(windows, seq_len)`` int64 token ids, on the CPU, with BOS as in :func:`calibration_windows`; only the
+    Returns ``(windows, seq_len)`` int64 token ids, on the CPU, with BOS as in ``calibration_windows``; only the
     first windows that fit in ``max_tokens``, if that is given. Raises DataError if the source cannot be read, text or
     ``max_tokens`` is shorter than one window, or the tokenizer has no BOS to begin with."""
     if max_tokens is not None and max_tokens < seq_len:
@@ -228,7 +228,7 @@ def evaluation_windows(
 
 def seq_len_of(config: PretrainedConfig, asked: int | None) -> int:
     """The tokens of a window: as many as asked for, else 2048, or the model's positions if these are fewer. Errors are
-    those of :func:`check_seq_len`."""
+    those of ``check_seq_len``."""
     seq_len = asked or min(DEFAULT_SEQ_LEN, context_limit(config) or DEFAULT_SEQ_LEN)
     check_seq_len(config, seq_len)
     return seq_len
@@ -279,7 +279,7 @@ def _too_long(text: Text, characters: int, free: int, more: str = "") -> DataErr
 
 
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
-    """A conversation by the chat template, without the BOS that :func:`_led` puts before windows."""
+    """A conversation by the chat template, without the BOS that ``_led`` puts before windows."""
     try:
         if not tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template")
@@ -306,7 +306,7 @@ def _tokens(
     joined: str,
     least: int = 0,
 ) -> Tensor:
-    """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
+    """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that ``_led`` puts before windows."""
     needed = TOKENISING * len(joined)
     # asking takes a millisecond
     if needed > 1 << 28 and needed > (free := machine.free_memory()):

@@ -17,7 +17,7 @@ class ZeroKeeper:
     """Records the zeros in the weights of a model's blocks, and keeps them at zero during training.
 
     Gradients of pruned weights are set to zero as they are computed, so that they affect neither the gradient norm nor
-    an optimiser's moments. :meth:`restore`, after each step, undoes changes that an optimiser makes without a gradient.
+    an optimiser's moments. ``restore``, after each step, undoes changes that an optimiser makes without a gradient.
     The masks take one byte per weight.
 
     Example, in a training loop::
@@ -93,7 +93,7 @@ def _cleared(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class KeepZeros(TrainerCallback):
-    """A :class:`ZeroKeeper` for ``transformers.Trainer``: ``Trainer(..., callbacks=[KeepZeros()])``.
+    """A ``ZeroKeeper`` for ``transformers.Trainer``: ``Trainer(..., callbacks=[KeepZeros()])``.
 
     It keeps the zeros that the model has when training begins."""
 

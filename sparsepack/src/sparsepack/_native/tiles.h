@@ -1,6 +1,6 @@
 // Products of many tokens: sixteen rows of a weight are decoded to bf16 and used for all tokens while they are in the
-// cache. A tile is 1 KB: of weights, sixteen rows of thirty-two columns; of activations, sixteen pairs of columns of
-// sixteen tokens, the two of a pair next to each other. A decoder writes the sixty-four columns of a mask word into two
+// cache. A tile is 1 KB. One of weights has sixteen rows of thirty-two columns; one of activations has sixteen pairs of
+// columns of sixteen tokens, the two of a pair next to each other. A decoder writes the sixty-four columns of a mask word into two
 // tiles in the order that costs it least, and activations are laid out in the same order.
 #pragma once
 
@@ -18,7 +18,7 @@ struct TileRow {
   const uint8_t* values;  // kSlack readable bytes follow the last one
   int64_t words;
   int64_t count;          // of values, for int4
-  const float* scales;    // of columns: one for each kShared << shift of them, and one more that is 0; null: of rows
+  const float* scales;    // of columns: one for each kShared << shift of them, and one more that is 0; null if rows have them
   int shift;
   const int8_t* levels;
   uint8_t* memory;        // for int4: `count` bytes and kSlack more

@@ -85,7 +85,7 @@ def errors_of(
     dtype: torch.dtype,
     rows: int = ROWS,
 ) -> list[float]:
-    """The relative error that a linear will have in each form, as in :class:`~sparsellm.method.solvers.Solution`, from
+    """The relative error that a linear will have in each form, as in ``sparsellm.method.solvers.Solution``, from
     at most ``rows`` evenly spaced rows of its weight ``(out, in)`` fp32. ``dtype`` is that of the checkpoint.
 
     Nothing is solved: errors of values at their nearest are weighed by what they cost once others made up for them."""
@@ -197,7 +197,7 @@ def best_forms(
 
 
 class _Choice:
-    """A form on the hull for each unit, by place in its table, and the bytes of all; see :func:`best_forms`."""
+    """A form on the hull for each unit, by place in its table, and the bytes of all; see ``best_forms``."""
 
     def __init__(
         self, budgets: Mapping[str, float], tables: Mapping[str, Table]

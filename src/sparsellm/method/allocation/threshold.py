@@ -56,7 +56,7 @@ def threshold(
 def from_histograms(
     survey: Survey, counts: Mapping[str, Tensor], *, span: float
 ) -> Allocation:
-    """The allocation of :func:`threshold` from the histograms ``counts``, int64 ``(BINS,)``, of linears that have one.
+    """The allocation of ``threshold`` from the histograms ``counts``, int64 ``(BINS,)``, of linears that have one.
     In the bin that contains the threshold, all linears lose the same share of the weights in that bin."""
     weights = [linear.weights for linear in survey.linears]
     fewest, most = bounds(weights, survey.sparsity, span)

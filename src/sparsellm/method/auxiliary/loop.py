@@ -1,9 +1,9 @@
 """The alternating minimisation of one feed-forward unit by auxiliary variables.
 
-Read :func:`prune_feed_forward` first, then ``_Loop.iterate``. Iteration 0 is local pruning. Each further iteration
+Read ``prune_feed_forward`` first, then ``_Loop.iterate``. Iteration 0 is local pruning. Each further iteration
 updates each auxiliary variable once, prunes the first half fitted to them, fits its kept weights to the dense products,
 and fits and prunes ``down``. The published algorithm is a setting of this loop and omits that fit, see
-:class:`LoopSettings`.
+``LoopSettings``.
 
 An iteration includes pruning, so the true error, measured after each, may rise. With the safeguard, the iterate with
 the least error on held-out tokens is chosen, never one worse than local pruning, and made again from all tokens.
@@ -44,7 +44,7 @@ ACCUMULATED_DAMPING = 0.01  # what SparseGPT adds to the stored Gram matrix in e
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The settings of the loop; :meth:`of_the_paper` are those of the authors' code."""
+    """The settings of the loop; ``of_the_paper`` are those of the authors' code."""
 
     iterations: int = 4  # after the local solution, which is iteration 0
     safeguard: bool = True  # keep the iterate with the least true error; False keeps the last, which must be finite

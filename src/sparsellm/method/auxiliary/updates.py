@@ -43,7 +43,7 @@ def update_activation(
 ) -> Tensor:
     """A = (γΦ + β(Y − b₂)W₂)(γI + βW₂ᵀW₂)⁻¹ (paper, eq. 6), written Φ + (Y − b₂ − ΦW₂ᵀ) · gain; (tokens, f).
 
-    Φ (tokens, f) is φ(Z) or φ(S)∘U, Y the target, and the gain that of :func:`activation_gain`. The second form adds a
+    Φ (tokens, f) is φ(Z) or φ(S)∘U, Y the target, and the gain that of ``activation_gain``. The second form adds a
     correction from the residual to Φ, so it loses no digits if Φ is already right."""
     return torch.addmm(phi, target - down(phi), gain)
 

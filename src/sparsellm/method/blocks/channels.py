@@ -3,7 +3,7 @@
 If the outputs of a linear are permuted and the inputs of the linear that reads them alike, the model computes the same.
 Two kinds of channels of a block can be permuted: those of a feed-forward unit (outputs of gate and up, inputs of down),
 and those of attention's values within a head (outputs of v, inputs of o), alike in all heads that share values. Values
-are averaged over tokens, so they can be rotated too. A structure is a guess that :func:`find_channels` proves: the
+are averaged over tokens, so they can be rotated too. A structure is a guess that ``find_channels`` proves: the
 block, with its channels permuted or rotated at random, must have the same output.
 """
 

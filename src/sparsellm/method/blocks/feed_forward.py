@@ -40,7 +40,7 @@ def units_to_alternate(
     """The units that auxiliary variables prune, each with its alternations, by the number of the sublayer that it is.
 
     As many alternations as ``asked`` for, or, for None, by the solver and the sparsity. In a ReLU model the variables
-    pay from :data:`PAYS` on, unstructured with SparseGPT inside and in N:M with ADMM inside (docs/results.md, *What the
+    pay from ``PAYS`` on, unstructured with SparseGPT inside and in N:M with ADMM inside (docs/results.md, *What the
     auxiliary variables are worth*); in gated units they gain nothing."""
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
     if asked == 0 or (asked is None and sparsest < PAYS):

@@ -54,7 +54,7 @@ def _orders(
 
 
 def best_order(channels: Channels, mean_squares: Tensor) -> Tensor:
-    """The order ``(heads, width)``, on the CPU, that :func:`spread` chooses by the inputs' mean squares ``(in,)``."""
+    """The order ``(heads, width)``, on the CPU, that ``spread`` chooses by the inputs' mean squares ``(in,)``."""
     reader = channels.reader
     if not bool(torch.isfinite(mean_squares).all()):
         raise NumericalError(
@@ -71,7 +71,7 @@ def best_order(channels: Channels, mean_squares: Tensor) -> Tensor:
 
 def spread(scores: Tensor, pattern: NM) -> Tensor:
     """The natural order of the inputs, ``(inputs,)``, or one in which N:M keeps a larger sum of scores ``(out, in)``:
-    inputs are dealt by mean score; then at most :data:`GROUPS` groups at a time, spread evenly, exchange members."""
+    inputs are dealt by mean score; then at most ``GROUPS`` groups at a time, spread evenly, exchange members."""
     groups = scores.shape[1] // pattern.m
     # (groups, m)
     dealt = (

@@ -85,7 +85,7 @@ class BlockTask:
         """Groups of linears that share an input, each with the Gram matrix of that input, from one run of the block.
 
         The tokens are those of all processes. A linear that no calibration token reaches is left out, see
-        :meth:`finish`; experts are in :mod:`sparsellm.method.blocks.routed`. ``token_weights`` are
+        ``finish``; experts are in ``sparsellm.method.blocks.routed``. ``token_weights`` are
         ``(batch, seq)`` for each batch; for a linear that does not get every token all weights are 1, since it is
         not known which it gets."""
         everything = self.stream.chain.linears(self.index)
@@ -117,7 +117,7 @@ class BlockTask:
         self, linear: LinearView, solver: Solver, gram: Gram, fit: Fit | None = None
     ) -> None:
         """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result. One whose
-        inputs were all 0 is left to :meth:`finish`."""
+        inputs were all 0 is left to ``finish``."""
         if bool(gram.dead.all()):
             return
         fit = Fit(linear.weight()) if fit is None else fit
@@ -136,7 +136,7 @@ class BlockTask:
         prune: Callable[[LinearView, Gram], None],
     ) -> None:
         """Calls ``prune`` with every linear and the Gram matrix of its input, in the process that owns the linear; see
-        :meth:`share_out`. A caller that keeps no matrix frees each with its last use."""
+        ``share_out``. A caller that keeps no matrix frees each with its last use."""
         linears = [linear for group, _ in statistics for linear in group]
         owners = owners_of(linears)
         owned = {

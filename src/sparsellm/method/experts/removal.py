@@ -112,7 +112,7 @@ def _routed(
 def _measure(
     stream: Stream, index: int, mixture: Mixture, outputs: TensorStore
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and strength of every expert, see :class:`MixtureView`; appends the outputs of the mixture."""
+    """Tokens and strength of every expert, see ``MixtureView``; appends the outputs of the mixture."""
     counts = torch.zeros(len(mixture), dtype=torch.int64)
     strength = torch.zeros(len(mixture), dtype=torch.float64)
 

@@ -1,7 +1,7 @@
 """Some tokens of a mixture, on which sets of experts are compared and the router is fitted.
 
 The error of a twin's mixture is ``‖Y − Σ_e r'_e E_e(x)‖²`` over ``‖Y‖²``, for the output ``Y`` of the model's. Output i
-counts with the square root of ``E[g_i²]``, as in the solver. Outputs are projected at random to :data:`PROJECTED`
+counts with the square root of ``E[g_i²]``, as in the solver. Outputs are projected at random to ``PROJECTED``
 numbers, which changes norms by about a tenth, so that a set of experts costs one run of the router.
 """
 
@@ -60,7 +60,7 @@ class Sample:
 
     @cached_property
     def experts(self) -> Tensor | None:
-        """The outputs of the experts of the model's block, see :meth:`_projected`."""
+        """The outputs of the experts of the model's block, see ``_projected``."""
         return self._projected(self.fewer.dense)
 
     @cached_property
@@ -165,7 +165,7 @@ class Sample:
 
 @contextmanager
 def sampled(stream: Stream, index: int) -> Iterator[list[Tensor]]:
-    """Until the context ends, takes what the module around the mixture of a block gets for about :data:`SAMPLE` tokens
+    """Until the context ends, takes what the module around the mixture of a block gets for about ``SAMPLE`` tokens
     of all windows: for each batch that runs ``(1, tokens, width)``."""
     places = parallel.spread(
         [hidden.shape[:2].numel() for hidden in stream.hidden], SAMPLE

@@ -26,7 +26,7 @@ class MixtureView:
     strength: Tensor  # Σ r ‖y‖ over these tokens, of router weight r and output y of the expert, (E,) fp64
     seed: int
     error_of: Callable[[Sequence[int]], float]
-    """The relative error of the mixture's output, routed over these experts, before a refit; see :mod:`.sample`."""
+    """The relative error of the mixture's output, routed over these experts, before a refit; see ``.sample``."""
 
     def best(self, scores: Tensor) -> list[int]:
         """The numbers of the experts that stay by these scores ``(E,)``, in order; of equal ones, the first."""

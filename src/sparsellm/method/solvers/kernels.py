@@ -10,7 +10,7 @@ from sparsepack.module import kernel_name
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The module :mod:`~sparsellm.method.solvers.panels` on a GPU; None on a CPU, or where Triton does not run."""
+    """The module ``sparsellm.method.solvers.panels`` on a GPU; None on a CPU, or where Triton does not run."""
     if device.type == "cuda" and kernel_name("cuda") == "triton":
         from sparsellm.method.solvers import panels
 

@@ -1,5 +1,5 @@
 """Pruning or rounding a panel of inputs on a GPU in one launch: the loops of
-:mod:`sparsellm.method.solvers.sparsegpt` and :mod:`sparsellm.method.solvers.rounding` in Triton.
+``sparsellm.method.solvers.sparsegpt`` and ``sparsellm.method.solvers.rounding`` in Triton.
 
 Outputs are independent, so a program takes some of them through all inputs of the panel. What earlier inputs changed is
 subtracted from the later ones at once, in registers, where the CPU sums it up when an input's turn comes: the sums have
@@ -36,7 +36,7 @@ def _nearest(units, table, LOWEST, HIGHEST, EVEN: tl.constexpr, ZERO: tl.constex
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _stored(values, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The values as a checkpoint has them, in the dtype of :data:`HALVES`. -0.0 becomes 0.0."""
+    """The values as a checkpoint has them, in the dtype of ``HALVES``. -0.0 becomes 0.0."""
     if HALF == 1:
         bits = values.to(tl.uint32, bitcast=True)
         values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(
@@ -117,7 +117,7 @@ def round_panel(
     zero: bool,
     first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Does on a GPU what :func:`sparsepack.native.round_panel` does on a CPU."""
+    """Does on a GPU what ``sparsepack.native.round_panel`` does on a CPU."""
     columns = parts[1]
     moves = torch.empty_like(columns)
     gains = columns.new_empty(columns.shape[1])

@@ -91,7 +91,7 @@ def rounded(
     target: Tensor | None = None,
 ) -> Rounded:
     """A pruned weight ``(out, in)`` with its values on the grid of an integer type, or on one of
-    :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero.
+    ``sparsepack.grids.GRIDS`` by its name, for a checkpoint in this dtype; zeros stay zero.
     It comes near to ``target (out, in)``, or to the weight itself.
 
     With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
@@ -336,7 +336,7 @@ def uncompensated(gram: Gram) -> Tensor:
     """What an error of each input costs once the later ones made up for it, ``(in,)``, in place of its mean square.
 
     An error ``e_j`` in units of ``U_jj`` changes the later inputs along row ``u_j`` of the factor, see
-    :func:`_one_after_another`. With ``u_j (G + λI) u_jᵀ = 1`` it costs ``e_j² (1 − λ ‖u_j‖²)``. For values rounded to
+    ``_one_after_another``. With ``u_j (G + λI) u_jᵀ = 1`` it costs ``e_j² (1 − λ ‖u_j‖²)``. For values rounded to
     nearest the sum of these costs is near to the error after rounding: above it by what the descent gains, which is
     the same share for all types."""
     damped = gram.remember("rounding", lambda: _damped(gram))
@@ -511,7 +511,7 @@ class _Descent:
 def _on_lines(
     start: Tensor, target: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype
 ) -> Rounded:
-    """:func:`_fitted` on a grid with minima.
+    """``_fitted`` on a grid with minima.
 
     Numbers times scales are fitted to the target less the minima, unrounded; they are rounded to ``dtype`` at last."""
     grid = _Lines(start, gram, groups)
@@ -575,7 +575,7 @@ class _Lines(_Grid):
         minima: Tensor,
         dtype: torch.dtype,
     ) -> Tensor:
-        """:meth:`within_cells`, for these scales ``(groups, 1)`` and minima ``(out, in)``."""
+        """``within_cells``, for these scales ``(groups, 1)`` and minima ``(out, in)``."""
         steps = self.spread(scales)
         moved = weight + (best - weight).clamp(-CELL * steps, CELL * steps)
         moved = torch.minimum(moved.maximum(minima), minima + self.grid.highest * steps)
@@ -594,7 +594,7 @@ class _DescentOfLines(_Descent):
         super().__init__(grid, start, target - grid.spread(grid.minima), gram)
 
     def _fit_scales(self) -> None:
-        """As of :class:`_Descent`, for scales and minima together. A group without a minimum gets none."""
+        """As of ``_Descent``, for scales and minima together. A group without a minimum gets none."""
         lines = self.lines
         scales, minima = best_lines(
             self.columns.T, self.slope.T, self.matrix, lines.groups, self.minima
@@ -661,7 +661,7 @@ def best_lines(
     above: Tensor, slope: Tensor, matrix: Tensor, groups: Groups, minima: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Least-squares factors of scales, and minima, ``(groups, 1)``, of a weight whose part ``above (out, in)`` its
-    ``minima`` is given; as in :func:`best_factors`, with a second vector for each group, 1 in its columns. Minima of 0
+    ``minima`` is given; as in ``best_factors``, with a second vector for each group, 1 in its columns. Minima of 0
     stay."""
     size = groups.size
     count = above.shape[1] // size  # groups of a row

@@ -61,7 +61,7 @@ def loss_gradients(
 
     Saliency takes one product ``F = (g∘g)ᵀ(x∘x)`` a batch, with factors in bf16 where blocks multiply in it (their
     rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time. A NumericalError says that a
-    gradient is NaN or infinite; others are as in :func:`backward_sweep`."""
+    gradient is NaN or infinite; others are as in ``backward_sweep``."""
     tokens = feed.windows.numel()
     dtype = torch.float32
     if feed.chain.products is not None:
@@ -151,7 +151,7 @@ def backward_sweep(
         see: called for each linear and batch of this process's windows.
         done: called with the linears of each block after all its tokens, while it is loaded, in every process.
         names: the linears to call them for; None for all.
-        fraction: the fraction of a window's positions that is scored, see :func:`_positions`. The head, whose
+        fraction: the fraction of a window's positions that is scored, see ``_positions``. The head, whose
             vocabulary may cost more than all blocks, runs for these alone.
         reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
 
@@ -260,7 +260,7 @@ def _through_the_end(
 
 def _positions(predicted: int, fraction: float, seed: int) -> Tensor:
     """The positions of a window that are scored, int64, in order: a random ``fraction`` of the ``predicted`` ones with
-    a next token, at least :data:`LEAST_SCORED`.
+    a next token, at least ``LEAST_SCORED``.
 
     The gradient ``g`` at a token sums those of later positions, ``Σ_s a_s``. Of a fraction p of the positions it is
     ``ĝ = Σ_s m_s a_s``, scaled by ``1/√p`` so that ``E ĝ² = p g² + (1 − p) Σ_s a_s²``. Errors of predictions at

@@ -70,7 +70,7 @@ class Integers:
         index: int,
     ) -> None:
         """Sets the gradients of the factors of block ``index`` from those of its weights: the whole numbers of a group
-        are held, so its values move together. ``rounded`` is what :meth:`of` made of ``parameters``."""
+        are held, so its values move together. ``rounded`` is what ``of`` made of ``parameters``."""
         for linear in self._of(index):
             name = linear.weight_name
             if (gradient := parameters[name].grad) is None:

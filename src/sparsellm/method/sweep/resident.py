@@ -2,7 +2,7 @@
 
 A step runs copies of the blocks as one module, forward and backward, so each block runs once and not twice as in the
 streamed sweep. Several processes hold them by torch's fully sharded data parallelism
-(:func:`torch.distributed.fsdp.fully_shard`, arXiv 2304.11277): each holds some rows of every parameter, of its gradient
+(``torch.distributed.fsdp.fully_shard``, arXiv 2304.11277): each holds some rows of every parameter, of its gradient
 and its moments, gathers the rest while a block runs, and gets the sum of all gradients of its rows. Each process runs
 its own windows of a step. Embedding, norm and head are not trained, and every process has them whole.
 """

@@ -139,8 +139,8 @@ class Streamed(Weights):
     def all_views(
         self, flat: Tensor, index: int, *, running: bool, written: bool = False
     ) -> dict[str, nn.Parameter]:
-        """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
-        With ``running``, values are on the grids of :class:`Integers`; with ``written``, also rounded as on disk."""
+        """``views``, and the parameters that the block borrows, which are the same objects under all their names.
+        With ``running``, values are on the grids of ``Integers``; with ``written``, also rounded as on disk."""
         views: dict[int, dict[str, nn.Parameter]] = {}
         owners = [index, *(at for at, _ in self._aliases[index].values())]
         for at in dict.fromkeys(owners):

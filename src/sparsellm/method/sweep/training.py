@@ -112,7 +112,7 @@ def adam_step(
 
 
 def schedule(step: float, steps: int, number: int) -> float:
-    """The factor of the learning rate at ``step``, from 0: a linear rise over a tenth of all or :data:`RISING` steps
+    """The factor of the learning rate at ``step``, from 0: a linear rise over a tenth of all or ``RISING`` steps
     (the larger, at most half), then a cosine to zero. It rises again after a reset of Adam, ``number`` steps ago."""
     rising = max(1, min(max(RISING, round(0.1 * steps)), steps // 2))
     falling = max(0, step - rising) / max(1, steps - rising)
@@ -122,8 +122,8 @@ def schedule(step: float, steps: int, number: int) -> float:
 def held_out_of(
     steps: Sequence[T], kinds: Sequence[str] = ()
 ) -> tuple[list[T], list[T]]:
-    """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`,
-    plus one of any kind that has none. Fewer than :data:`LEAST_STEPS` steps are all trained on and all judged by. If
+    """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most ``MOST_HELD_OUT``,
+    plus one of any kind that has none. Fewer than ``LEAST_STEPS`` steps are all trained on and all judged by. If
     every step is held out, every step is trained on as well."""
     if len(steps) < LEAST_STEPS:
         return list(steps), list(steps)

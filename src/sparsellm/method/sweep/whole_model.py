@@ -43,7 +43,7 @@ SHORTEST = 128  # tokens of the shortest windows into which others are cut where
 
 def cut_to(width: int, processes: int) -> int:
     """The tokens of the windows into which those of ``width`` tokens are cut, where a step takes one window of each of
-    these processes: together they have about :data:`STEP_TOKENS`."""
+    these processes: together they have about ``STEP_TOKENS``."""
     return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // processes)))
 
 
@@ -67,7 +67,7 @@ def sweep(task: SweepTask) -> list[SweepPass]:
 
     The result is the state with the least divergence on held-out windows, which may be the one at the start. States are
     judged with weights rounded as they will be written. A harmful pass is undone, and later passes take smaller steps.
-    The loss is ``KL(dense ‖ pruned)``, averaged over tokens. :func:`check_sweepable` comes before. A NumericalError
+    The loss is ``KL(dense ‖ pruned)``, averaged over tokens. ``check_sweepable`` comes before. A NumericalError
     says that the divergence is not finite at the start."""
     history: list[SweepPass] = []
     if task.saved is not None and task.saved.last is not None:
@@ -256,7 +256,7 @@ def _on(
 
 
 def harmful_passes(history: Sequence[SweepPass]) -> list[int]:
-    """The numbers of the passes that raised the held-out divergence above :data:`HARM` times the least before."""
+    """The numbers of the passes that raised the held-out divergence above ``HARM`` times the least before."""
     harmful = []
     least = history[0].held_out
     for record in history[1:]:
