@@ -55,9 +55,10 @@ WORDS = (
 LOADING = 600.0  # seconds until a server must answer
 
 
-# llama.cpp's server in Python: a model, a port, threads, clients, tokens of all contexts.
+# llama.cpp's server in Python: a model, a port, threads, clients, tokens of all contexts. It ends with its parent.
 XLLAMACPP = """
-import sys, time, xllamacpp
+import os, sys, time, xllamacpp
+parent = os.getppid()
 path, port, threads, clients, context = sys.argv[1:]
 asked = xllamacpp.CommonParams()
 asked.model.path = path
@@ -68,7 +69,7 @@ asked.n_ctx = int(context)
 asked.cpuparams.n_threads = int(threads)
 asked.cpuparams_batch.n_threads = int(threads)
 server = xllamacpp.Server(asked)
-while True:
+while os.getppid() == parent:
     time.sleep(1)
 """
 

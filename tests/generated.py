@@ -48,8 +48,8 @@ SECRET = "a file outside of the directory of the command"
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
 SMALL = (
     "--method=magnitude",
-    "--set=samples=2",
-    "--set=seq_len=16",
+    "--samples=2",
+    "--seq-len=16",
     "--calibration=note.txt",
 )
 GRID = (*SMALL, "--text=note.txt")

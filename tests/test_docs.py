@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import sparsellm
 from sparsellm import Recipe, api
 from tests.documents import ROOT, SMALL, blocks
 from tests.exports.checkpoints import wide_llama
@@ -79,13 +80,15 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
-    named = re.findall(r'= "(\w+\.md)"', (ROOT / "zensical.toml").read_text("utf-8"))
+    named = re.findall(r'= "([\w-]+\.md)"', (ROOT / "zensical.toml").read_text("utf-8"))
     assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "zensical.toml", tmp_path)
+    for name in ("src", "sparsepack"):
+        (tmp_path / name).symlink_to(ROOT / name)
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
     built = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=False
@@ -96,6 +99,13 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     assert not re.findall(r'(?:src|rel="stylesheet" href)="(?:https?:)?//', page), (
         "it loads something from elsewhere"
     )
+    interface = (tmp_path / "site" / "api" / "index.html").read_text("utf-8")
+    without = [
+        name
+        for name in sparsellm.__all__
+        if not name.startswith("__") and f'id="sparsellm.{name}"' not in interface
+    ]
+    assert without == [], "api.md lacks public names"
 
 
 @pytest.mark.usefixtures("forgotten_plugins")

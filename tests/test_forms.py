@@ -49,7 +49,7 @@ def sized(
     [
         ("llama.cpp", 6.0, {x.name for x in GRIDS.values() if x.form == "gguf"}),
         ("vllm", 6.0, {"w4a16-32", "w8a16"}),
-        ("sparsellm", 4.3, {f"int{bits}" for bits in range(3, 9)}),
+        ("sparsellm", 4.3, {"w4a16-64", *(f"int{bits}" for bits in range(3, 9))}),
     ],
 )
 def test_a_run_takes_at_most_the_size_that_was_asked_for(
@@ -67,7 +67,7 @@ def test_a_run_takes_at_most_the_size_that_was_asked_for(
         for name, weight in model.named_parameters()
     }
     for linear in result.linears:
-        if program != "sparsellm":
+        if linear.values in GRIDS:
             weight = weights[linear.name].detach()
             assert torch.equal(on_grid(weight, linear.values, torch.float32), weight)
 
@@ -82,21 +82,25 @@ def test_vllm_gets_one_type_for_linears_that_it_runs_together() -> None:
         assert types[f"{inside}.mlp.gate_proj"] == types[f"{inside}.mlp.up_proj"]
 
 
-def test_a_packed_run_has_the_types_that_were_chosen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "named"), [(4.0, "int3"), (4.3, "w4a16-64")])
+def test_a_packed_run_has_the_types_that_were_chosen(
+    bits: float, named: str, tmp_path: Path
+) -> None:
     source = save_tiny(wide(), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(**FIELDS, program="sparsellm", bits=4.0, samples=6, seq_len=24)
+    recipe = Recipe(**FIELDS, program="sparsellm", bits=bits, samples=6, seq_len=24)
     result = sparsellm.prune(source, recipe, out=tmp_path / "pruned")
     packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "p", head="keep")
     assert not packed.rounded
-    assert 8 * packed.packed_bytes / packed.weights <= 4.0
+    assert named in {linear.values for linear in result.linears}
+    assert 8 * packed.packed_bytes / packed.weights <= bits
     sparsellm.unpack(tmp_path / "p", out=tmp_path / "again")
     before = tensors_of(tmp_path / "pruned")
     for name, weight in tensors_of(tmp_path / "again").items():
         assert torch.equal(weight, before[name])
     # the recipe that a run writes is one that runs
     again = Recipe.from_yaml(tmp_path / "pruned" / "recipe.yaml")
-    assert (again.bits, again.program) == (4.0, "sparsellm")
-    assert result.allocation["chosen"] in ("by linear", "int3", "int4")
+    assert (again.bits, again.program) == (bits, "sparsellm")
+    assert result.allocation["chosen"] in ("by linear", "int3", "int4", "w4a16-64")
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])
@@ -253,12 +257,13 @@ def test_a_measurement_is_on_the_inputs_of_the_dense_model() -> None:
         outputs = (x @ weight.T).square().mean(0)
         cost = float(outputs @ gradients[size.name].double())
         assert measured.costs[size.name] == pytest.approx(cost, rel=1e-3)
-        stored = on_grid(weight.float(), "q4_0", torch.float32).double()
+        stored = on_grid(weight.float(), "iq4_nl", torch.float32).double()
         lost = (x @ (stored - weight).T).square().mean(0)
-        error = measured.nearest[size.name][Form("q4_0")]
+        error = measured.nearest[size.name][Form("iq4_nl")]
         if size.shape[0] <= 64:  # all rows are measured
             assert error == pytest.approx(float(lost.sum() / outputs.sum()), rel=1e-3)
-        assert 0 < measured.errors[size.name][Form("q4_0")] < error
+        assert 0 < measured.errors[size.name][Form("iq4_nl")] < error
+        assert Form("q4_0") not in measured.errors[size.name]
     inside = "model.layers.1"
     assert [f"{inside}.mlp.gate_proj", f"{inside}.mlp.up_proj"] in measured.groups
 

@@ -18,6 +18,7 @@ from sparsellm.app import tables
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError
 from tests.exports.checkpoints import IDS, wide_llama
 from tests.models import converter, save_tiny, tiny_tokenizer
+from tests.models.in_gguf import Kind, write_gguf
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 32, "effort": 0}
 
@@ -70,6 +71,17 @@ def test_a_packed_directory_has_the_size_and_names_its_forms(
     logits(out)
 
 
+def test_a_size_of_auto_is_decided_by_divergence(home: Path, tmp_path: Path) -> None:
+    result = compress(home, tmp_path / "out", program="sparsellm", size="auto")
+    assert result.asked_bytes is None
+    assert result.run.recipe["divergence"] == "Q4_K_M"
+    candidates = result.run.allocation["candidates"]
+    assert isinstance(candidates, list)
+    divergence = {x["name"]: x["divergence"] for x in candidates}  # type: ignore[index, call-overload]
+    assert divergence["by linear"] <= divergence["Q4_K_M"]
+    logits(tmp_path / "out")
+
+
 def test_linears_that_stay_dense_count_for_the_size(home: Path, tmp_path: Path) -> None:
     """Each linear that is left out takes 16 bits a weight from the others."""
     settings = {**SETTINGS, "calibration": str(home / "text.txt")}
@@ -118,6 +130,32 @@ def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) ->
     report = (tmp_path / "small.html").read_text()
     assert "sparsellm report" in report
     assert f"{again.evaluation.value:.4g}" in report
+
+
+def test_a_size_counts_the_smaller_type_of_embedding_and_head(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file in q4_0 saves there, next to q8_0, is left for the linears."""
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    model = wide_llama(num_hidden_layers=1)
+    settings = {**SETTINGS, "calibration": str(home / "text.txt")}
+
+    def bits(kind: Kind) -> float:
+        source = write_gguf(model, tmp_path / f"{kind.name}.gguf", kind)
+        order = programs.ordered(
+            source,
+            settings,
+            program="llama.cpp",
+            out=tmp_path / "out.gguf",
+            size="80000B",
+        )
+        return order.request.recipe.bits or 0
+
+    of_linears = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96
+    outside = 2 * model.get_input_embeddings().weight.numel()
+    more = (bits(Kind.Q4_0) - bits(Kind.F16)) * of_linears
+    # those of the keys, and the places of tensors
+    assert more == pytest.approx((8.5 - 4.5) * outside, abs=8 * 64)
 
 
 def test_a_model_that_is_not_converted_is_refused_at_once(
@@ -262,6 +300,10 @@ def test_transformers_gets_a_sparsity(home: Path, tmp_path: Path) -> None:
         ),
         ({"program": "vllm", "bits": 4.5, "converter": "x.py"}, "leave it out"),
         ({"program": "ollama", "bits": 4.5}, "program"),
+        ({"program": "vllm", "size": "auto:x"}, "'auto:x' names no divergence"),
+        ({"program": "vllm", "size": "auto:-1"}, "such as auto:0.05"),
+        ({"program": "vllm", "size": "auto", "bits": 4.5}, "give one"),
+        ({"program": "transformers", "size": "auto"}, "give a sparsity"),
     ],
     ids=str,
 )

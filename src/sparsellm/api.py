@@ -315,18 +315,22 @@ def evaluate(  # noqa: PLR0913 - the Python door
             )
         if compared is not None and against is not None and against.is_pruned:
             compared = compared.model_copy(update={"recovery": None})
+    named = DOCUMENTS
+    begins = "yes" if leads else "no"
+    if isinstance(words, str):
+        named = without_folders(words)
+    elif by_ids:
+        named = IDS
+    if by_ids:
+        begins = "given"
     return Evaluation(
         protocol=Protocol(
-            text=without_folders(words)
-            if isinstance(words, str)
-            else IDS
-            if by_ids
-            else DOCUMENTS,
+            text=named,
             digest=tokens_fingerprint(windows),
             window=windows.shape[1],
             windows=len(windows),
             tokens=windows.numel() - len(windows),
-            bos="given" if by_ids else "yes" if leads else "no",
+            bos=begins,
             dtype=str(opened.chain.dtype).removeprefix("torch."),
         ),
         perplexity=perplexity,
@@ -379,14 +383,15 @@ def pack_and_measure(
 def keep_results(
     directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]
 ) -> None:
-    """Adds results to those of a checkpoint (``results.json``), then writes its card and report again. Raises
+    """Adds results to those of a checkpoint (``results.json``), then writes its report and card again. Raises
     StorageError if :func:`prune` or ``pack`` did not write it, or, after results were added, if its card was edited."""
     read_pruning(directory := Path(directory).expanduser())
     for result in results:
         append_result(directory, result)
-    card(directory)
     with suppress(MissingExtraError):  # the run has said what to install
         write_report(directory)
+    # last, since a card that has all results says that nothing is left to write
+    card(directory)
 
 
 class Opened:

@@ -56,9 +56,9 @@ def refusal(error: ValidationError, name: str = "") -> str:
         f"[{part}]" for part in first["loc"] if isinstance(part, int)
     )
     place = place if name else shown(".".join(map(str, first["loc"])))[1:-1]
-    reason = (
-        first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    )
+    reason = first["msg"].removeprefix("Value error, ")
+    for kind in ("Input", "String", "List"):
+        reason = reason.replace(f"{kind} should", "it should")
     if first["type"] == "missing":
         return f"{place} is missing"
     return f"{place} is {shown(first['input'])}: {reason}"

@@ -164,12 +164,16 @@ def without_folders(text: str) -> str:
 
 
 def as_number(text: str) -> str:
-    """A hint for a text that stands where a number belongs: what to write for ``50%`` or ``0,5``; else an example."""
+    """A hint for a text that stands where a number belongs: what to write for ``50%``, ``0,5`` or
+    ``4bit``; else an example."""
     percent = re.fullmatch(r"\s*(\d{1,3}(?:[.,]\d{1,9})?)\s*%\s*", text, re.ASCII)
     if percent is not None:
         return f"write {float(percent[1].replace(',', '.')) / 100:g}"
     if re.fullmatch(r"\s*-?\d{1,9},\d{1,9}\s*", text, re.ASCII):
         return f"write {text.strip().replace(',', '.')}, with a point"
+    unit = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*[A-Za-z-]+\s*", text, re.ASCII)
+    if unit is not None:
+        return f"write {unit[1]}, without a unit"
     if "," in text:
         return "write one number; `sparsellm compare` takes several, with commas"
     return "write a number, such as 0.5"

@@ -153,18 +153,9 @@ def parse_pattern(text: str) -> NM:
     match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text, re.ASCII)
     if match is None:
         raise RecipeError(
-            f"pattern is {shown(text)}; write n:m with whole numbers, such as 2:4 for two kept of every four, or "
-            "auto:m to choose n for each linear"
+            f"pattern is {shown(text)}; write n:m with whole numbers, such as 2:4 for two kept of every four"
         )
     return NM(int(match[1]), int(match[2]))
-
-
-def parse_chosen(text: str) -> int | None:
-    """The m of a text such as ``"auto:8"``, N:M with a choice of n for each linear; None for any other text."""
-    match = re.fullmatch(r"\s*auto\s*:\s*(\d{1,6})\s*", text, re.ASCII)
-    if match is None:
-        return None
-    return int(match[1])
 
 
 def most_kept(weight: Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ reads, with the same numbers. The checkpoint is removed at the end.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.files.files import replace_atomically
 from sparsellm.files.named import is_gguf
-from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.files.resolve import checkpoint_directory, config_place
 from sparsellm.inputs import parse_bytes
 from sparsellm.model import Chain, open_chain
 from sparsellm.progress import ProgressCallback, ignore
@@ -39,12 +40,13 @@ from sparsellm.run.fewer_experts import clean_up
 from sparsellm.run.form_choice import check_size, least_bytes
 from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
+from sparsellm.run.smallest_size import Q4_K_M
 from sparsellm.text.sources import settle_calibration
 
 ProgramName = Literal["llama.cpp", "vllm", "sparsellm", "transformers"]
 MOST_BITS = 16.0
 Bits = Annotated[float, Field(gt=0, le=MOST_BITS)]
-# type of embedding and head in a file for llama.cpp
+# type of embedding and head in a file for llama.cpp, unless the .gguf file that is pruned has a smaller one
 HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
 # A directory has a report and a card next to its weights, and records of each linear.
 REPORT_BYTES = 2_100_000
@@ -134,7 +136,9 @@ def compress(  # noqa: PLR0913 - the Python door
         recipe: calibration, effort, resources and the like; a sparsity for ``transformers`` alone.
         program: ``llama.cpp`` (``out`` is a .gguf file), ``vllm``, ``sparsellm`` or ``transformers`` (a directory).
         out: what is written; an unfinished run keeps its blocks next to it, in ``<out>-pruned``.
-        size: bytes of the whole file or directory, embedding, head and metadata included, such as ``4GB``.
+        size: bytes of the whole file or directory, embedding, head and metadata included, such as ``4GB``. ``auto`` for
+            the smallest whose divergence from the dense model, in a quick pass before the run, is at most that of
+            llama.cpp's Q4_K_M; ``auto:0.05`` for at most so many nats a token.
         bits: bits of a weight of the linears instead, on average, with scales and masks.
         converter: for llama.cpp, its ``convert_hf_to_gguf.py``, which is run on what was pruned; None if ``model`` is a
             ``.gguf`` file, or ``demo``.
@@ -308,10 +312,11 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
 ) -> Order:
     """Checks all that can be checked before the work. Arguments and errors: see :func:`compress`."""
     settled = settle_calibration(Recipe.of(recipe), None)
+    _check_size(program, size, bits)
     asked = None
-    if size is not None:
+    divergence = _divergence_of(size)
+    if size is not None and divergence is None:
         asked = parse_bytes(size)
-    _check_size(program, asked, bits)
     script = _converter(model, program, converter)
     template = None
     if program == "llama.cpp" and script is None:
@@ -348,7 +353,7 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
             else:
                 others = _other_bytes(program, chain, linears, source)
             bits = _bits_within(asked, program, chain, settled, others)
-        settled = settled.updated(bits=bits, program=program)
+        settled = settled.updated(bits=bits, divergence=divergence, program=program)
         check_size(chain, settled)
     request = Request(str(model), settled, pruned, overwrite=overwrite, restart=restart)
     return Order(
@@ -378,7 +383,29 @@ def _report(place: Path) -> Path:
     return place.with_suffix(".html")
 
 
-def _check_size(program: ProgramName, size: int | None, bits: float | None) -> None:
+def _divergence_of(size: str | int | None) -> float | Literal["Q4_K_M"] | None:
+    """The divergence that decides the size, if that is ``auto`` or ``auto:NATS``. Raises RecipeError."""
+    if not isinstance(size, str):
+        return None
+    name, colon, nats = size.strip().lower().partition(":")
+    if name != "auto":
+        return None
+    if not colon:
+        return Q4_K_M
+    try:
+        divergence = float(nats)
+    except ValueError:
+        divergence = math.nan
+    if not 0 < divergence < math.inf:
+        raise RecipeError(
+            f"size {shown(size)} names no divergence; write auto for that of Q4_K_M, or nats a token, such as auto:0.05"
+        )
+    return divergence
+
+
+def _check_size(
+    program: ProgramName, size: str | int | None, bits: float | None
+) -> None:
     """Refuses two sizes, none, or one for a program that keeps a checkpoint's size. Raises RecipeError."""
     if size is not None and bits is not None:
         raise RecipeError("size and bits both say how small the model is; give one")
@@ -389,7 +416,7 @@ def _check_size(program: ProgramName, size: int | None, bits: float | None) -> N
         )
     if program != "transformers" and not sized:
         raise RecipeError(
-            f"a model for {program} needs a size: give --size, such as 4GB, or --bits, such as 4.2"
+            f"a model for {program} needs a size: give --size, such as 4GB or auto, or --bits, such as 4.2"
         )
 
 
@@ -402,6 +429,8 @@ def _converter(
     if converter is None:
         of_gguf = str(model) == "demo" or is_gguf(model)
         if program == "llama.cpp" and not of_gguf:
+            # a model that does not exist needs no converter either
+            config_place(str(model))
             raise RecipeError(MAKE_TEMPLATE)
         return None
     if program != "llama.cpp":
@@ -481,4 +510,6 @@ def bytes_of(place: Path) -> int:
 
 
 def _mb(size: int) -> str:
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} kB"
     return f"{size / 1e6:,.1f} MB"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import numbers
 import os
 import re
@@ -122,6 +123,16 @@ def _tokens(value: Any) -> Any:
     return int(match[1]) * {"": 1, "K": 1000, "M": 10**6}[match[2].upper()]
 
 
+def _divergence(value: Any) -> Any:
+    """The divergence, if it is a name that is known or a positive number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value in (None, "Q4_K_M") or (number and 0 < value < math.inf):
+        return value
+    raise RecipeError(
+        f"divergence {shown(value)} is unknown; give Q4_K_M, or nats a token above 0"
+    )
+
+
 Integer = Annotated[int, BeforeValidator(_integer)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=MOST_TOKENS)]
 Bos = Annotated[
@@ -168,8 +179,7 @@ class Recipe(BaseModel):
     sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.5
     """Fraction of zeros over all pruned linears, at least 0 and below 1, which the allocation divides among them."""
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
-    """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
-    so that the sparsity is met as nearly as these steps allow."""
+    """Keep N of every M consecutive inputs, such as 2:4."""
     values: Annotated[
         Literal["keep", "int8", "int6", "int5", "int4", "int3", "mixed"],
         Option(WHAT, "TYPE", values=("keep", "int8", "int6", "int5", "int4", "int3")),
@@ -203,8 +213,14 @@ class Recipe(BaseModel):
     bits: Annotated[float | None, Field(gt=0, le=16)] = None
     """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every
     linear gets a type and a sparsity of its own; this implies values mixed, and no sparsity is given."""
+    divergence: Annotated[
+        Literal["Q4_K_M"] | float | None, BeforeValidator(_divergence)
+    ] = None
+    """Most divergence from the dense model, in place of `bits`: nats a token, or Q4_K_M for that of this type of
+    llama.cpp. A quick pass on held-out windows before the run finds the smallest size with it."""
     program: Literal["sparsellm", "llama.cpp", "vllm"] | None = None
-    """The program whose types linears get with `bits`: sparsellm (the packed format), llama.cpp or vllm."""
+    """The program whose types linears get with `bits` or `divergence`: sparsellm (the packed format), llama.cpp or
+    vllm."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""
     allocation: Annotated[
@@ -212,7 +228,7 @@ class Recipe(BaseModel):
         Option(WHAT, "NAME", null=ALLOCATION, registered=("method/allocation",)),
         NAME,
     ] = None
-    """How the zeros are divided among blocks and linears. A fixed pattern needs none."""
+    """How the zeros are divided among blocks and linears. A pattern needs none."""
     allocation_options: dict[str, JsonValue] = {}
     """Options of the allocation, by name."""
     experts: Annotated[
@@ -331,11 +347,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
-        """Refuses contradictions; a fixed pattern sets ``sparsity``, and a grid ``values`` and, if nothing else does,
+        """Refuses contradictions; a pattern sets ``sparsity``, and a grid ``values`` and, if nothing else does,
         ``sparsity``, so that the recipe shows no wrong default."""
-        m = self.chosen_of
         pattern = f"pattern {self.pattern}"
-        fixed = self.pattern is not None and m is None
+        fixed = self.pattern is not None
         if fixed:
             implied = self.pattern_of(1).sparsity
             if (
@@ -353,11 +368,6 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"{pattern} fixes the sparsity of every linear; leave out sparsity_of"
             )
-        if m is not None and not (m > 1 and 1 / m <= self.sparsity <= 1 - 1 / m):
-            beyond = f"{pattern} cannot reach sparsity {self.sparsity:g}"
-            raise RecipeError(
-                f"{beyond}, because it keeps 1 to {m} - 1 of {m}; change one"
-            )
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             many = f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens"
             raise RecipeError(f"{many}; lower samples or seq_len")
@@ -365,20 +375,25 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"experts {self.experts:g} is neither a share below 1 nor a whole number to keep"
             )
-        if m is not None and self.allocation == "uniform":
-            raise RecipeError(
-                f"{pattern} needs an allocation, and uniform chooses none; take another, or fix the N"
-            )
         if fixed and self.allocation not in (None, "uniform"):
             both = f"allocation {self.allocation} cannot go with {pattern}, which fixes the sparsity of every linear"
             raise RecipeError(f"{both}; leave out one")
         return self
 
     def _size_decides(self) -> None:
-        """Sets what ``bits`` and ``program`` imply, and refuses what they leave no choice of."""
-        if (self.bits is None) != (self.program is None):
-            raise RecipeError("bits and program go together; give both or none")
-        if self.bits is None:
+        """Sets what a size and its program imply, and refuses what they leave no choice of."""
+        if self.bits is not None and self.divergence is not None:
+            raise RecipeError("bits and divergence both decide the size; give one")
+        size = f"divergence {self.divergence}"
+        if self.bits is not None:
+            size = f"bits {self.bits:g}"
+        sized = self.bits is not None or self.divergence is not None
+        if sized != (self.program is not None):
+            raise RecipeError(
+                "bits and program go together, as do divergence and program; give both "
+                "or none"
+            )
+        if not sized:
             if self.values == "mixed":
                 raise RecipeError(
                     "values mixed comes from a size; give bits and program"
@@ -396,12 +411,12 @@ class Recipe(BaseModel):
             given = getattr(self, name)
             if name in self.model_fields_set and given != value:
                 raise RecipeError(
-                    f"bits {self.bits:g} chooses zeros and types by linear, and {name} {given} says otherwise; give one"
+                    f"{size} chooses zeros and types by linear, and {name} {given} says otherwise; give one"
                 )
             object.__setattr__(self, name, value)
         if self.allocation not in (None, "threshold"):
             raise RecipeError(
-                f"bits {self.bits:g} takes allocation threshold, not {self.allocation}; leave it out"
+                f"{size} takes allocation threshold, not {self.allocation}; leave it out"
             )
 
     def _take_grid(self, grid: Grid) -> None:
@@ -427,14 +442,12 @@ class Recipe(BaseModel):
         return self.values if self.grid == "own" else self.grid
 
     def allocation_by(self, preferred: str) -> str:
-        """The allocation that the recipe names. If it names none: ``uniform`` for a fixed pattern or sparsity 0; for a
-        pattern with a choice of N, ``preferred``, or ``threshold`` where that is ``uniform``; else ``preferred``."""
+        """The allocation that the recipe names. If it names none: ``uniform`` for a pattern or sparsity 0, else
+        ``preferred``."""
         if self.allocation is not None:
             return self.allocation
-        if self.bits is not None:
+        if self.program is not None:
             return "threshold"
-        if self.chosen_of is not None:
-            return "threshold" if preferred == "uniform" else preferred
         varies = self.pattern is None and self.sparsity
         return preferred if varies else "uniform"
 
@@ -445,38 +458,24 @@ class Recipe(BaseModel):
             return self
         return self.updated(calibration=without_folders(self.calibration))
 
-    @property
-    def chosen_of(self) -> int | None:
-        """The M of a pattern with a choice of N for each linear; None for any other pattern."""
-        if self.pattern is None:
-            return None
-        from sparsellm.patterns import parse_chosen
-
-        return parse_chosen(self.pattern)
-
     def pattern_of(self, weights: int, zeros: int | None = None) -> Pattern:
         """The pattern of a linear with this number of weights, and with ``zeros`` zeros if an allocation chose them."""
-        from sparsellm.patterns import NM, Unstructured, parse_pattern
+        from sparsellm.patterns import Unstructured, parse_pattern
 
-        m = self.chosen_of
-        if self.pattern is not None and m is None:
+        if self.pattern is not None:
             return parse_pattern(self.pattern)
         if zeros is None:
             zeros = round(self.sparsity * weights)
-        if m is None:
-            return Unstructured(zeros, weights)
-        return NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
+        return Unstructured(zeros, weights)
 
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again. If a changed field excludes one that is not changed (a fixed
         pattern and sparsity, a grid and values, ways to give the sweep's length), the latter is as if not given."""
         # What a field implies is implied again.
         values = {**self.model_dump(exclude_unset=True), **changes}
-        pairs = []
+        pairs = [("pattern", "sparsity")]
         if self.grid != "own" or values.get("grid", "own") != "own":
             pairs.append(("grid", "values"))
-        if "auto" not in str(values.get("pattern")):
-            pairs.append(("pattern", "sparsity"))
         # Where two exclude each other, a change of one removes the other.
         for one, other in (*pairs, *((second, first) for first, second in pairs)):
             if one in changes and other not in changes:

@@ -221,7 +221,7 @@ class Memory(Record):
     device_budget_bytes: Count = 0  # on a GPU; 0 on the CPU
     device_peak_bytes: Count = 0
     hidden_on_device_bytes: Count = 0
-    sweep: str = ""  # streamed: one block is in memory at a time; resident: all, perhaps recomputing and offloading
+    sweep: str = ""  # streamed: one block is in memory at a time; resident: all, perhaps recomputing
 
 
 class Prediction(Record):

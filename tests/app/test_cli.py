@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
+from sparsepack.errors import Note
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SMALL = ("--samples", 4, "--seq-len", 32)
@@ -340,6 +342,14 @@ def test_a_damaged_text_of_the_model_is_named(
     (file,) = (tmp_path / "cache" / "written").glob("*.safetensors")
     os.truncate(file, 500)
     assert str(file) in run(*line, "--out", tmp_path / "q", exits=2)[2]
+
+
+def test_commands_in_one_process_do_not_pile_up(run: Any) -> None:
+    run("--version", exits=0)
+    first = warnings.formatwarning
+    run("--version", exits=0)
+    assert warnings.formatwarning is first
+    assert warnings.formatwarning(Note("said"), Note, "", 1) == "note: said\n"
 
 
 def test_closed_streams_end_nothing() -> None:

@@ -202,7 +202,7 @@ def test_the_help_is_short_and_begins_with_what_is_common(run: Any) -> None:
         (["--recipe", "{tmp}/r.yaml"], "seed", 7),
         (["--recipe", "{tmp}/r.yaml", "--set", "seed=8"], "seed", 8),
         (
-            ["--recipe", "{tmp}/r.yaml", "--effort", "1", "--set", "effort=2"],
+            ["--recipe", "{tmp}/r.yaml", "--set", "effort=2"],
             "effort",
             2,
         ),
@@ -216,7 +216,7 @@ def test_an_option_sets_its_field(
     run: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Options override the file, and ``--set`` the options."""
+    """Options and ``--set`` override the file."""
     (tmp_path / "r.yaml").write_text("seed: 7\nsamples: 5\n")
     recipe = recipe_of(
         run, monkeypatch, [word.replace("{tmp}", str(tmp_path)) for word in arguments]

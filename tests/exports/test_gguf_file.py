@@ -202,22 +202,27 @@ def test_biases_are_in_the_order_of_the_converter(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("like_type", "head"),
+    [(Kind.Q8_0, "keep"), (Kind.Q4_0, "keep"), (Kind.Q4_0, "q8_0")],
+)
 def test_a_quantised_file_keeps_its_embedding_and_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    like_type: Kind, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A larger type is not taken: it would hold the same values in more bytes."""
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
-    source = write_gguf(wide_llama(), tmp_path / "like.gguf", Kind.Q8_0)
+    source = write_gguf(wide_llama(), tmp_path / "like.gguf", like_type)
     recipe = Recipe(grid="q4_0", samples=4, seq_len=32, effort=0)
     directory = sparsellm.prune(
         source, recipe, out=tmp_path / "pruned", calibration=IDS
     ).path
     assert directory is not None
-    file = exported(directory, converter=None, like=source)
+    file = exported(directory, converter=None, like=source, head=head)
     assert_is(file, directory, but=OUTSIDE)
     like = {entry.name: entry for entry in gguf.GGUFReader(source).tensors}
     for tensor in file.tensors:
         if tensor.name in OUTSIDE:
-            assert tensor.tensor_type == Kind.Q8_0
+            assert tensor.tensor_type == like_type
             assert np.array_equal(tensor.data, like[tensor.name].data)
 
 
@@ -240,6 +245,19 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
         ours,
         gguf.dequantize(gguf.quantize(theirs["output.weight"], Kind.Q8_0), Kind.Q8_0),
     )
+
+
+@pytest.mark.parametrize("head", ["q8_0", "q6_k"])
+def test_values_beyond_a_type_of_gguf_are_refused(head: str, tmp_path: Path) -> None:
+    model = wide_llama(hidden_size=256, num_hidden_layers=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5, 7] = 1e30
+    directory = pruned(model, tmp_path, "q4_0")
+    kind = head.upper()
+    said = rf"^token_embd\.weight has 1e\+30, which {kind} of GGUF cannot hold; check"
+    with pytest.raises(ModelError, match=said):
+        exported(directory, head=head)
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:

@@ -123,7 +123,6 @@ def test_rounding_is_no_shortfall(name: str, sparsity: float) -> None:
     )
     assert result.sparsity == pytest.approx(sparsity, abs=1e-3)
     assert result.warnings == []
-    # as by auto:M
     exact = [
         linear.model_copy(update={"asked": linear.sparsity})
         for linear in result.linears

@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from torch.distributed.run import get_args_parser
 
 from tests.documents import ROOT, SMALL, blocks
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 PAGE = ROOT / "docs" / "scale.md"
-(SLURM,), (SKYPILOT,) = (blocks(PAGE, language) for language in ("bash", "yaml"))
-LINES, JOBS = (
-    "".join(blocks(PAGE, "sh")).splitlines(),
-    [SLURM, yaml.safe_load(SKYPILOT)["run"]],
-)
+SCRIPTS = [*"".join(blocks(PAGE, "sh")).splitlines(), *blocks(PAGE, "bash")]
 
 
 def small(script: str, port: int = 29400) -> str:
@@ -51,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_torchrun_and_sparsellm_take_every_command(folder: Path, run: Any) -> None:
-    for script in [*LINES, *JOBS]:
+    for script in SCRIPTS:
         line = re.search(r"torchrun .*", re.sub(r"\$\w+", "2", small(script)))
         assert line is not None
         given = get_args_parser().parse_args(shlex.split(line[0])[1:])

@@ -21,11 +21,9 @@ from sparsellm.method.gram import CrossAccumulator, GramAccumulator
 from sparsellm.method.solvers import SOLVERS
 from sparsellm.method.solvers.solver import Solution, solution
 from sparsellm.method.sweep.gradients import loss_gradients
-from sparsellm.method.sweep.sweep_task import Residence
 from sparsellm.model import Chain, Feed, open_chain
 from tests.killing import fail_after_passes
 from tests.method.allocation.helpers import sizes_of
-from tests.method.sweep.helpers import halved, swept_by
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.families import mixtral
 
@@ -286,11 +284,4 @@ def everything(folder: Path) -> None:
     sums(folder)
     survey_of_some_windows(folder)
     evaluation_of_some_windows(folder)
-    # a resident sweep in shards, as a cell of a comparison runs it
-    if parallel.rank() == parallel.size() - 1:
-        with parallel.alone():
-            history, _ = swept_by(
-                Residence(sharded=True), halved(tiny_llama()), tiny_llama(), passes=1
-            )
-        assert history[-1].held_out < history[0].held_out
     prune_everything(folder)

@@ -12,12 +12,10 @@ import pytest
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="pip install 'sparsellm[test]' brings playwright"
-)
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 axe = pytest.importorskip(
     "axe_playwright_python.sync_playwright",
-    reason="pip install 'sparsellm[test]' brings axe",
+    reason="pip install axe-playwright-python",
 )
 
 CHROMIUM = next(

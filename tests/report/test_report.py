@@ -212,15 +212,15 @@ def test_files_that_are_wrong(
 
 @pytest.mark.parametrize(
     "place",
-    ["a file", "nowhere", "", "link", "dangling", None],
+    ["a file.html", "nowhere", "", "new.pdf", "link.html", "dangling.html", None],
 )
 def test_places_that_are_refused(
     place: str | None, copied: Path, tmp_path: Path, refusal: Any
 ) -> None:
-    (tmp_path / "a file").write_text("mine")
+    (tmp_path / "a file.html").write_text("mine")
     (tmp_path / "a folder").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "a file")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "link.html").symlink_to(tmp_path / "a file.html")
+    (tmp_path / "dangling.html").symlink_to(tmp_path / "nothing")
     (copied / "report.html").write_text("mine")
     out = (
         tmp_path / place / "x.html"
@@ -229,9 +229,11 @@ def test_places_that_are_refused(
         if place
         else ""
     )
-    refusal("report", copied, *([] if place is None else ["--out", out]))
+    said = refusal("report", copied, *([] if place is None else ["--out", out]))
+    assert ("is not the name of a page" in said) == (place == "new.pdf")
+    assert not (tmp_path / "new.pdf").exists()
     assert (
-        (tmp_path / "a file").read_text()
+        (tmp_path / "a file.html").read_text()
         == (copied / "report.html").read_text()
         == "mine"
     )
@@ -273,14 +275,12 @@ def test_without_the_extra_a_checkpoint_is_whole(
     result, said = pruned(runs, tmp_path / "p")
     assert result.report is None
     assert not (tmp_path / "p" / "report.html").exists()
-    missing = (
-        "a report needs the package plotly: pip install 'sparsellm[report]'; afterwards"
-    )
+    missing = "a report needs the package plotly: pip install plotly; afterwards"
     assert (
         f"report.html was not written: {missing} `sparsellm report {tmp_path / 'p'}`"
         in said
     )
-    with pytest.raises(MissingExtraError, match=r"pip install 'sparsellm\[report\]'"):
+    with pytest.raises(MissingExtraError, match="pip install plotly"):
         write_report(tmp_path / "p")
     assert "<table>" in result._repr_html_()
 

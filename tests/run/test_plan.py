@@ -143,3 +143,16 @@ def test_a_sweep_of_a_small_model_over_many_tokens_takes_minutes(llama: Path) ->
     )
     assert many.seconds["sweep"] > 60
     assert few.seconds["sweep"] > 1
+
+
+def test_a_sweep_over_a_short_text_has_a_step_for_each_pass(
+    llama: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("the quick brown fox " * 200)
+    settings = {"samples": 2, "seq_len": 16, "sweep_tokens": 400_000}
+    settings |= {"calibration": str(text)}
+    told = sparsellm.dry_run(llama, settings, out=tmp_path / "out")
+    passes = 400_000 / (2 * 16)
+    # a block takes milliseconds in a step
+    assert told.seconds["sweep"] > passes * 0.002

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.generation import logits_process
 
 import sparsellm
 from by_hand import exponents_of, packed_of
 from sparsellm.files.contents import write_list
 from sparsepack import decode, generation, native
 from sparsepack.codes import text_of_exponents
+from sparsepack.compiled import instruction_sets
 from sparsepack.decode import Cache, Decoder, decodes
 from sparsepack.errors import FormatError, SettingError
+from sparsepack.generation import Sampling
 from sparsepack.module import PackedEmbedding, to_dense
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.models.pruned import prune_tiny
@@ -209,6 +212,34 @@ def test_a_dense_model_is_decoded_from_its_own_weights(
 
 
 @kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", instruction_sets())
+def test_keys_and_values_are_kept_in_the_dtype_of_the_model(
+    kernel: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 84 numbers: many vectors of an instruction set, one, and a rest."""
+    monkeypatch.setattr(native, "available", lambda: kernel)
+    packed_model(tmp_path, head_dim=84, intermediate_size=200)
+    model = sparsellm.load(tmp_path / "dense", dtype=dtype)
+    ids = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.float()(ids).logits[0]
+    model = model.to(dtype)
+    decoder = Decoder(model, 24)
+    cache = Cache(decoder, 24)
+    assert cache.numbers.dtype == dtype
+    (logits,) = cache.read(ids[:, :1])
+    for position in range(1, 24):
+        (logits,) = decoder.step([int(ids[0, position])], [cache])
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(logits, expected[23], atol=close)
+    with torch.no_grad():
+        kept = model.float()(ids, use_cache=True).past_key_values.layers[1]
+    assert torch.allclose(cache.numbers[1, 0].float(), kept.keys[0], atol=close)
+    assert torch.allclose(cache.numbers[1, 1].float(), kept.values[0], atol=close)
+
+
+@kernels
 def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
     model = sparsellm.load(packed_model(tmp_path))
     model.model.embed_tokens.weight = torch.nn.Parameter(
@@ -246,6 +277,45 @@ def test_sampled_text_is_that_of_transformers(
         tokenizer.decode(sampled[0, ids.shape[1] :], skip_special_tokens=True)
         == texts[2][0]
     )
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(None, None, None), (5, 0.7, None), (0, 0.9, 0.05), (1, 0.5, 0.5), (5, 1.0, None), (300, None, 0.1)],
+)  # fmt: skip
+def test_a_token_is_drawn_as_transformers_own_steps_do(
+    top_k: int | None, top_p: float | None, min_p: float | None
+) -> None:
+    """Scores have ties where only top_k cuts: which of two equal ones top_p leaves is chance."""
+    ties = top_p in (None, 1.0)
+    random = torch.Generator().manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    asked = Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
+    settings = generation.generation_settings(model, asked)
+    numbers = torch.Generator().manual_seed(1)
+    draw = generation._Draw(settings, numbers)
+    steps: list[Any] = [logits_process.TemperatureLogitsWarper(0.7)]
+    if top_k != 0:
+        steps.append(logits_process.TopKLogitsWarper(top_k or 50))
+    if top_p is not None:
+        steps.append(logits_process.TopPLogitsWarper(top_p))
+    if min_p is not None:
+        steps.append(logits_process.MinPLogitsWarper(min_p))
+    same_numbers = torch.Generator().manual_seed(1)
+    tokens = []
+    for _ in range(60):
+        scores = 3 * torch.randn(1, 300, generator=random)
+        if ties:
+            scores = scores.mul(2).round() / 2
+        drawn = draw(torch.zeros(1, 1, dtype=torch.long), scores)
+        assert int(drawn.isfinite().sum()) == 1
+        for step in steps:
+            scores = step(None, scores)
+        chances = scores.softmax(-1)
+        token = torch.multinomial(chances, 1, generator=same_numbers)
+        assert int(drawn.argmax()) == int(token)
+        tokens.append(int(token))
+    assert len(set(tokens)) > 10
 
 
 @kernels

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from sparsellm.serving import connections
 from sparsellm.serving.connections import Connection, one_line_handler
-from tests.serving.test_server import KEY, serving
+from tests.serving.process import KEY, serving
 
 WHOLE = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"GET / HTTP/1.1\r\nHo"

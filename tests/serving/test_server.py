@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
+import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -30,8 +28,9 @@ from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.serving.conftest import CONTEXT
+from tests.serving.process import KEY, serving
 
-KEY, MOST = "a-key-of-the-tests", 4000
+MOST = 4000
 PROMPT = "The while statement"
 ASKED: Any = [{"role": "user", "content": PROMPT}]
 TEMPLATED = f"user: {PROMPT}\nassistant:"
@@ -39,41 +38,6 @@ HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 OPEN = "accepts requests from other machines, which needs a key; set SPARSELLM_API_KEY"
 LONG = 8000  # tokens: seconds in which something can happen
 AT_ONCE = 16  # answers
-
-
-@contextmanager
-def serving(
-    directory: Path, *options: object, **environment: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process and its URL."""
-    command = [
-        sys.executable,
-        "-m",
-        "sparsellm",
-        "serve",
-        str(directory),
-        "--port",
-        "0",
-        *map(str, options),
-    ]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=variables
-    )
-    assert process.stderr is not None
-    try:
-        yield (
-            process,
-            next(
-                match[0]
-                for line in process.stderr
-                if (match := re.search(r"http://[^,]+/v1", line))
-            ),
-        )
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +331,45 @@ def test_a_bad_body_is_one_line_that_names_it(
     assert "\n" not in message
 
 
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
+    *("frequency_penalty", "presence_penalty", "max_tokens", "ignore_eos", "stream"),
+)
+STRANGE: list[Any] = [
+    *(None, True, 0, 1, -1, 2, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**63, 10**400),
+    *("", "1", "\ud800", "x" * 600, [], ["a", ""], ["a"] * 9, {}, [None], [[1]]),
+    *(float("nan"), float("inf"), -2, 0.999999, 1e-9, "nan"),
+]
+
+
+@pytest.mark.parametrize("many", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_generated_parameters_are_refused_in_a_line_or_taken(
+    many: int, url: str
+) -> None:
+    chance = random.Random(7)
+    for number in range(many):
+        body: Any = {"messages": ASKED, "max_tokens": 2}
+        for name in chance.sample(SAMPLING, chance.choice((1, 2, 3))):
+            body[name] = chance.choice(STRANGE)
+        if body["max_tokens"] is None or body["max_tokens"] is True:
+            body["max_tokens"] = 2
+        sent = json.dumps(body)
+        answer = httpx.post(f"{url}/chat/completions", content=sent, headers=HEADERS)
+        shown = (number, sent[:300], answer.text[:300])
+        assert answer.status_code in (200, 400), shown
+        if answer.status_code == 400:
+            message = answer.json()["error"]["message"]
+            assert any(name in message for name in body), shown
+            assert "\n" not in message, shown
+            assert len(message) < 400, shown
+        elif body.get("stream"):
+            assert answer.text.endswith("data: [DONE]\n\n"), shown
+            assert '"error"' not in answer.text, shown
+        else:
+            assert answer.json()["usage"]["completion_tokens"] <= body["max_tokens"]
+    assert health(url)["status"] == "ok"
+
+
 def test_an_end_of_text_can_be_ignored(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,6 +544,60 @@ def test_a_stop_cancels_what_runs_and_refuses_what_comes(model: Any) -> None:
     asyncio.run(run())
 
 
+def test_a_stop_refuses_what_waits_and_lets_finish_what_runs(model: Any) -> None:
+    """More jobs than run at once. One that does not stream gets its result alone."""
+
+    async def run() -> None:
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=3,
+            log=lambda _: None,
+        )
+        # four of them fill the room, which is that of four contexts
+        room = CONTEXT - len(prompt_ids(tiny_tokenizer())[0])
+        sampling = Sampling(ignore_eos=True)
+        running = [Job(prompt_ids, sampling, room) for _ in range(4)]
+        waiting = [Job(prompt_ids, sampling, room, streams=False) for _ in range(3)]
+        for job in (*running, *waiting):
+            worker.submit(job)
+        for job in running:
+            await job.event()
+        assert worker.state()["waiting"] == 3
+        worker.stop(60)
+        assert worker.state()["status"] == "stopping"
+        for job in waiting:
+            with pytest.raises(UnavailableError, match="the server is stopping"):
+                await job.event()
+        worker.stop(0)
+        assert await asyncio.to_thread(worker.ended, 30)
+        assert (worker.state()["waiting"], worker.state()["running"]) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_job_that_does_not_stream_gets_its_result_alone(model: Any) -> None:
+    async def run() -> Any:
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=1,
+            log=lambda _: None,
+        )
+        job = Job(prompt_ids, Sampling(), 20, streams=False)
+        worker.submit(job)
+        result = await job.event()
+        worker.stop(0)
+        return result
+
+    result = asyncio.run(run())
+    assert (result.new_tokens, result.finish) == (20, "length")
+
+
 def test_a_broken_request_leaves_the_server_alive(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -617,5 +674,5 @@ def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert (
         run("serve", "nowhere", exits=2)[2]
-        == 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n'
+        == "error: uvicorn is not installed: pip install fastapi uvicorn\n"
     )

@@ -260,9 +260,7 @@ def test_without_datasets_the_error_says_what_to_do(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    with pytest.raises(
-        DataError, match=rf"{source}.*pip install 'sparsellm\[hub\]'.*\.txt"
-    ):
+    with pytest.raises(DataError, match=rf"{source}.*pip install datasets.*\.txt"):
         read_source(source, "calibration")
 
 

@@ -5,7 +5,8 @@ sequence are those that it has alone.
 
 Only decoders of the Llama kind (Llama, Mistral without a window, Qwen2) are known to the extension, and only with
 transformers' own modules, unchanged. Everything else is decoded by transformers. Sums, norms and attention are fp32,
-whatever the dtype of the model.
+whatever the dtype of the model. Keys and values are kept in bf16 for a model in bf16, as transformers keeps them, else
+in fp32.
 """
 
 from __future__ import annotations
@@ -171,7 +172,11 @@ class Decoder:
             [config.rms_norm_eps, inside.layers[0].self_attn.scaling],
             dtype=torch.float32,
         )
+        self.cache_dtype = torch.float32
+        if model.dtype == torch.bfloat16:
+            self.cache_dtype = torch.bfloat16
         plan = [len(inside.layers), hidden, heads, kv_heads, size, inner, positions]
+        plan.append(int(self.cache_dtype == torch.bfloat16))
         plan += [self._address(tensor[0]) for tensor in angles]
         plan += [self._address(settings), self._address(work), self._logits.data_ptr()]
         plan.append(self._address(inside.norm.weight))
@@ -238,7 +243,7 @@ class Cache:
     Attributes:
         capacity: the most tokens, at most the decoder's positions.
         length: the tokens that it holds.
-        numbers: ``(layers, 2, heads, capacity, size)`` in fp32; what is not written to takes no memory.
+        numbers: ``(layers, 2, heads, capacity, size)``; what is not written to takes no memory.
     """
 
     def __init__(self, decoder: Decoder, capacity: int) -> None:
@@ -249,7 +254,7 @@ class Cache:
         self.capacity = capacity
         self.length = 0
         self.numbers = torch.empty(
-            (layers, pair, heads, capacity, size), dtype=torch.float32
+            (layers, pair, heads, capacity, size), dtype=decoder.cache_dtype
         )
 
     def read(self, ids: Tensor) -> Iterator[Tensor]:

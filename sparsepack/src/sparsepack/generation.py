@@ -33,6 +33,7 @@ MOST_PENALTY = 100.0  # logits are not far from it
 MOST_STOPS = 16
 LONGEST_STOP = 500  # characters
 MOST_THREADS = 1024
+MOST_LIKELY = 50  # tokens that transformers samples from unless top_k says otherwise
 
 
 @dataclass(frozen=True)
@@ -290,8 +291,11 @@ class Answer:
 
     def take(self, logits: Tensor) -> None:
         """Chooses a token by the logits ``(vocabulary,)``."""
-        scores: Any = logits.unsqueeze(0)
-        token = self.choices(self.ids, scores).argmax(-1, keepdim=True)  # type: ignore[arg-type]
+        scores = logits.unsqueeze(0)
+        # their list asks each of them for its arguments, which takes longer than most of them
+        for choice in self.choices:
+            scores = choice(self.ids, scores)  # type: ignore[arg-type,assignment]
+        token = scores.argmax(-1, keepdim=True)
         self.ids = torch.cat((self.ids, token), dim=1)
         self.text.put(token)
         self.chosen = int(token)
@@ -441,7 +445,7 @@ class _Numbers(LogitsProcessor):
     """Refuses NaN, of which the likeliest token is the first one, again and again."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.isnan().any():
+        if scores.max().isnan():  # the largest of numbers and NaN is NaN
             raise FormatError(
                 "the model computes NaN; take dtype float32; if it has that, evaluate it to see where"
             )
@@ -449,14 +453,38 @@ class _Numbers(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token, which is drawn as transformers does, by random numbers of its own."""
+    """Leaves one token, which is drawn as transformers does, by random numbers of its own.
 
-    def __init__(self, numbers: torch.Generator) -> None:
+    After ``top_k`` only the tokens that it leaves are sorted and normalised, not the whole vocabulary."""
+
+    def __init__(self, settings: GenerationConfig, numbers: torch.Generator) -> None:
         self._numbers = numbers
+        self._temperature = settings.temperature
+        self._most = MOST_LIKELY if settings.top_k is None else settings.top_k
+        self._warpers: list[LogitsProcessor] = []
+        if settings.top_p is not None:
+            self._warpers.append(logits_process.TopPLogitsWarper(settings.top_p))
+        if settings.min_p is not None:
+            self._warpers.append(logits_process.MinPLogitsWarper(settings.min_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = torch.multinomial(scores.softmax(-1), 1, generator=self._numbers)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        scores = scores / self._temperature
+        tokens = scores.shape[1]
+        if 0 < self._most < tokens:
+            least = scores.topk(self._most).values[0, -1]
+            left = (scores[0] >= least).nonzero().flatten()
+        else:
+            left = torch.arange(tokens, device=scores.device)
+        likely = scores[:, left]
+        for warper in self._warpers:
+            likely = warper(input_ids, likely)
+        # A token wins a race of exponential times with its probability. Transformers draws one for each token of the
+        # vocabulary, and so do we: the same seed then gives the same token.
+        times = torch.empty_like(scores[0]).exponential_(generator=self._numbers)
+        token = left[(likely[0].softmax(-1) / times[left]).argmax()]
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[0, token] = 0.0
+        return chosen
 
 
 class _Penalties(LogitsProcessor):
@@ -481,7 +509,7 @@ def _processors(
     *,
     numbers: torch.Generator,
 ) -> LogitsProcessorList:
-    """What transformers does to logits with these settings, in its order; above temperature 0 its top_k is 50."""
+    """What transformers does to logits with these settings, in its order."""
     chosen = LogitsProcessorList([_Numbers()])
     if settings.repetition_penalty is not None:
         chosen.append(
@@ -492,18 +520,7 @@ def _processors(
     if frequency or presence:
         chosen.append(_Penalties(prompt, frequency, presence))
     if settings.do_sample:
-        chosen.append(logits_process.TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k != 0:
-            chosen.append(
-                logits_process.TopKLogitsWarper(
-                    50 if settings.top_k is None else settings.top_k
-                )
-            )
-        if settings.top_p is not None:
-            chosen.append(logits_process.TopPLogitsWarper(settings.top_p))
-        if settings.min_p is not None:
-            chosen.append(logits_process.MinPLogitsWarper(settings.min_p))
-        chosen.append(_Draw(numbers))
+        chosen.append(_Draw(settings, numbers))
     return chosen
 
 

@@ -36,6 +36,7 @@ from sparsellm.errors import (
     MissingExtraError,
     RecipeError,
     StorageError,
+    shown,
 )
 from sparsellm.progress import ProgressCallback
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT, Recipe
@@ -232,7 +233,10 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
         name="program",
     ),
     option(
-        "--size SIZE", "Size of the whole file or directory, such as 4GB.", use.COMMON
+        "--size SIZE",
+        "Size of the whole file or directory, such as 4GB; auto for the smallest with at most the divergence of "
+        "llama.cpp's Q4_K_M, auto:0.05 with at most 0.05 nats.",
+        use.COMMON,
     ),
     option(
         "--bits B",
@@ -335,7 +339,7 @@ def _check_values(
         raise RecipeError(
             f"--head {head} is of the packed model; give --pack DIR, or leave it out"
         )
-    elif recipe.grid == "own" and recipe.values != "keep" and recipe.bits is None:
+    elif recipe.grid == "own" and recipe.values != "keep" and recipe.program is None:
         note(progress, [other_grids(recipe.values)])
 
 
@@ -838,6 +842,10 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 )
 def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed:
     """Write DIRECTORY for llama.cpp (GGUF), vLLM (compressed-tensors) or plain transformers, without loss."""
+    if options["to"] not in ("gguf", "compressed-tensors", "transformers"):
+        raise RecipeError(
+            f"--to is {shown(options['to'])}; write gguf (for llama.cpp), compressed-tensors (for vLLM) or transformers"
+        )
     if options["to"] == "transformers":
         return _unpack(directory, progress, options)
     from sparsellm.app import tables
@@ -963,7 +971,7 @@ def generate(
 def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
     """Serve MODEL to clients of OpenAI's API: chat, completions, streaming.
 
-    Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
+    Needs fastapi and uvicorn. A key, which clients must send, comes from the environment or a file."""
     from sparsellm.app import console
     from sparsellm.inputs import parse_bytes
 
@@ -974,7 +982,7 @@ def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
         if missing.name not in ("fastapi", "starlette", "uvicorn"):
             raise
         raise MissingExtraError(
-            f'{missing.name} is not installed: pip install "sparsellm[serve]"'
+            f"{missing.name} is not installed: pip install fastapi uvicorn"
         ) from None
     running = use.take_running(options)
     settings = use.made(

@@ -23,7 +23,7 @@ from sparsellm.arguments import RecipeGiven, checked
 from sparsellm.convert import check_packable, pack
 from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.evaluation.speed import compared_speed
-from sparsellm.files.directory import check_destination, check_place, differences
+from sparsellm.files.directory import check_destination, check_folder, differences
 from sparsellm.files.files import explained, has_digest, sha256
 from sparsellm.files.results import read_results
 from sparsellm.inputs import without_folders
@@ -41,7 +41,7 @@ from sparsellm.records import (
     read_pruning,
 )
 from sparsellm.registry import Entry
-from sparsellm.report.card import check_card
+from sparsellm.report.card import check_card, is_behind
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.comparison import (
     Candidate,
@@ -167,7 +167,7 @@ def compare(  # noqa: PLR0913 - the Python door
         SparseLLMError: a recipe, the model or the text is wrong; ``out`` or the directory of a cell is refused as that
             of :func:`sparsellm.prune`, or holds a finished run of other settings, or of another calibration text.
     """
-    place = check_place(out)
+    place = check_folder(out)
     _check_asked(cells, speed)
     first = next(iter(cells.values()))
     settings = Recipe(device=first.device, dtype=first.dtype, products="float32")
@@ -262,7 +262,7 @@ def _check_places(
 ) -> None:
     """Refuses, before the first run, a directory that a cell could not be written into or go on from."""
     directory = dense.opened.directory
-    check_place(place, [directory] if directory is not None else [])
+    check_folder(place, [directory] if directory is not None else [])
     if place.is_dir():
         check_page(place / PAGE)
     for name, recipe in cells.items():
@@ -289,7 +289,8 @@ def _check_cell(pruned: Path, recipe: Recipe, dense: _Dense, *, speed: bool) -> 
     for directory in finished:
         known = read_checkpoint(directory)
         measured = dense.evaluation_in(directory) is not None
-        if not measured or (speed and known.decoding() is None):
+        complete = measured and not (speed and known.decoding() is None)
+        if not complete or is_behind(directory):
             check_card(directory)
             check_page(directory / REPORT)
 
@@ -438,6 +439,8 @@ def _run(
         for directory in directories:
             if dense.evaluation_in(directory) is None:
                 api.keep_results(directory, [evaluation])
+            elif is_behind(directory):
+                api.keep_results(directory, [])
 
     parallel.from_main(keep)
     if speed and read_checkpoint(packed).decoding() is None:
@@ -508,7 +511,7 @@ def cells_of(
     values: Sequence[str] = (),
     experts: Sequence[AnyNumber] = (),
 ) -> dict[str, Recipe]:
-    """The cells by name: every method at every sparsity, then with every pattern (auto:M at every sparsity); each with
+    """The cells by name: every method at every sparsity, then with every pattern; each with
     every type of ``values``, every entry of ``experts`` and, if the method has a sweep, every effort. ``base`` gives
     the other settings: options to methods that have them, those of a sweep to methods with one. A RecipeError if no
     method, or neither sparsity nor pattern, is given, one is repeated or wrong, or no method has an option of base."""
@@ -526,13 +529,7 @@ def cells_of(
     _check_base(recipe, entries, swept, values=values, efforts=efforts)
     cells: dict[str, Recipe] = {}
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
-    for pattern in patterns:
-        of_pattern: list[Settings] = [{"pattern": pattern}]
-        if pattern.startswith("auto") and sparsities:  # such a pattern has a sparsity
-            of_pattern = [
-                {"pattern": pattern, "sparsity": sparsity} for sparsity in sparsities
-            ]
-        targets += of_pattern
+    targets += [{"pattern": pattern} for pattern in patterns]
     typed: list[Settings] = [{"values": kind} for kind in values] or [{}]
     fewer: list[Settings] = [{"experts": setting} for setting in experts] or [{}]
     for left, target, entry, kept in product(fewer, targets, entries, typed):
@@ -587,11 +584,10 @@ def _check_base(
 
 def _name_of(recipe: Recipe, *, with_effort: bool) -> str:
     """The name of a cell's directory, such as ``sparsellm-0.5-effort2-int4``."""
-    sparsity = f"{recipe.sparsity:g}"
-    target = sparsity if recipe.pattern is None else recipe.pattern.replace(":", "-")
+    target = f"{recipe.sparsity:g}"
+    if recipe.pattern is not None:
+        target = recipe.pattern.replace(":", "-")
     parts = [recipe.method, target]
-    if recipe.chosen_of is not None:
-        parts.append(sparsity)
     if recipe.experts is not None:
         parts.append(f"experts{recipe.experts:g}")
     if with_effort:

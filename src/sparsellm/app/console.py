@@ -143,13 +143,11 @@ def speed(median: float, slowest: float, fastest: float) -> str:
     """A median with its range, such as ``41.2 (40.0–41.9)``."""
 
     def short(rate: float) -> str:
-        return (
-            f"{rate:.1f}"
-            if rate < 99.95
-            else f"{rate:.0f}"
-            if rate < 9999.5
-            else count(rate)
-        )
+        if rate < 99.95:
+            return f"{rate:.1f}"
+        if rate < 9999.5:
+            return f"{rate:.0f}"
+        return count(rate)
 
     return f"{short(median)} ({short(slowest)}–{short(fastest)})"
 

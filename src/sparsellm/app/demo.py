@@ -28,7 +28,7 @@ from sparsellm.convert import pack
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.files.cache import cache_dir
 from sparsellm.files.demo_model import demo_gguf
-from sparsellm.files.directory import check_destination, check_place
+from sparsellm.files.directory import check_destination, check_folder
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
 from sparsellm.model.structure import find_blocks, iterate_linears
@@ -127,7 +127,7 @@ def run_demo(
     overwrite = overwrite or out is None
     if out is not None:
         # so that --out "$UNSET" writes nothing into the current directory, or into the root
-        out = check_place(out)
+        out = check_folder(out)
     pruned, packed = places(out)
     for place in (pruned, packed):
         check_destination(place, overwrite=overwrite)

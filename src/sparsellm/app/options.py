@@ -5,6 +5,7 @@ An option that sets a field of the recipe is made from that field, which holds a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,9 +17,9 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.models import OptionInfo
 
-from sparsellm.errors import RecipeError, refusal, shown
+from sparsellm.errors import ModelError, RecipeError, refusal, shown
 from sparsellm.files.directory import check_destination, checkpoints_among
-from sparsellm.files.named import check_name
+from sparsellm.files.named import check_name, is_gguf
 from sparsellm.inputs import as_number, as_whole_number, mixture_of, text_file
 from sparsellm.recipe import (
     DEVICES,
@@ -188,12 +189,17 @@ def field(name: str, panel: str = "", help: str = "") -> Parameter:
         text += f" Known: {', '.join(sorted(registered(*line.registered)))}."
     if repeated:
         text += " Repeatable."
+    written = default
+    if default is None:
+        written = line.null
+    elif repeated:
+        written = ""
     made = option(
         f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
         text,
         panel or line.panel,
         kind=list[str] if repeated else None,
-        shown=line.null if default is None else "" if repeated else default,
+        shown=written,
         values=partial(registered, *line.registered) if line.registered else choices,
     )
     return made.replace(name=name)
@@ -218,6 +224,8 @@ RECIPE = [
 def look_at_names(values: Mapping[str, Any]) -> None:
     """Refuses models and texts that are not there, by the values of a command's options, before torch is imported,
     which takes seconds. Raises ModelError or DataError."""
+    if "prompt" in values:
+        _check_order(values["model"], values["prompt"])
     for name in ("model", "directory", "teacher", "against", "dense"):
         if isinstance(values.get(name), str):
             check_name(values[name], name)
@@ -229,6 +237,16 @@ def look_at_names(values: Mapping[str, Any]) -> None:
         for source in sources:
             if Path(source).suffix in TEXT_FILES and not source.startswith("hub:"):
                 text_file(source.removeprefix("file:").removeprefix("wikitext2:"))
+
+
+def _check_order(model: str, prompt: str) -> None:
+    """Raises ModelError for a prompt that stands before the model."""
+    if model == "demo" or os.path.lexists(model):
+        return
+    if is_gguf(prompt) or os.path.isfile(os.path.join(prompt, "config.json")):
+        raise ModelError(
+            f"model {shown(model)} not found, and the prompt {shown(prompt)} is a model; give the model first"
+        )
 
 
 def look_at_place(values: Mapping[str, Any]) -> None:
@@ -252,7 +270,7 @@ def too_many(given: Sequence[str], extra: str, command: str) -> RecipeError:
     values = [*before[1:], extra]
     if not option.startswith("--") or "=" in option or len(values) < 2:
         return RecipeError(f"{said}; `sparsellm {command} --help` says what it takes")
-    if option in ("--memory", "--max-bytes", "--max-body"):
+    if option in ("--size", "--memory", "--max-bytes", "--max-body"):
         return RecipeError(f"{said}; write {option} {''.join(values)}")
     joined = ",".join(word.strip(",") for word in values)
     if command == "compare":
@@ -263,11 +281,18 @@ def too_many(given: Sequence[str], extra: str, command: str) -> RecipeError:
 
 
 def take_recipe(options: dict[str, Any]) -> Recipe:
-    """Takes the recipe out of a command's options: the file, and over it the fields and ``--set`` together."""
+    """Takes the recipe out of a command's options: the file, and over it the fields and ``--set`` together. Raises
+    RecipeError for a field that is given by both."""
     chosen = (
         Recipe.from_yaml(options.pop("recipe")) if "recipe" in options else Recipe()
     )
     given = {name: options.pop(name) for name in FIELDS if name in options}
+    for setting in options.get("set", ()):
+        name = setting.partition("=")[0].strip()
+        if name in given:
+            raise RecipeError(
+                f"{name} is given by an option and by --set {shown(setting)}; give one"
+            )
     return chosen.with_settings(options.pop("set", ()), **given)
 
 

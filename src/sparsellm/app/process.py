@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 from sparsellm import __version__, interrupts
-from sparsellm.errors import RecipeError, one_line, shown
+from sparsellm.errors import RecipeError, one_line, shown, some
 from sparsepack.errors import Note, UserError
 
 _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
@@ -166,7 +166,12 @@ def _usage_message(error: Any) -> str:
     option = shown(getattr(error, "option_name", ""))[1:-1]
     if hasattr(error, "possibilities"):
         hint = f"`{command} --help` lists all"
-        if error.possibilities:
+        others = _commands_with(error.option_name, context)
+        if command.endswith(" exec"):
+            hint = "write -- before the command that is run"
+        elif others:
+            hint = f"it belongs to {some(others, 3)}; {hint}"
+        elif error.possibilities:
             hint = f"did you mean {error.possibilities[0]}?"
         return f"{command} has no option {option}; {hint}"
     if option:
@@ -174,6 +179,17 @@ def _usage_message(error: Any) -> str:
     if said.startswith("No such command") and "Did you mean" not in said:
         return f"{said}; `{command} --help` lists all"
     return said
+
+
+def _commands_with(option: str, context: Any) -> list[str]:
+    """The names of the commands that have an option."""
+    if context is None or context.parent is None:
+        return []
+    found = []
+    for name, command in context.parent.command.commands.items():
+        if any(option in parameter.opts for parameter in command.params):
+            found.append(name)
+    return found
 
 
 def _missing(parameter: Any) -> str:
@@ -236,20 +252,22 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    plain = warnings.formatwarning
-
-    def formatted(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        line: str | None = None,
-    ) -> str:
-        """A note of ours as one line, and other warnings as Python shows them."""
-        if issubclass(category, Note):
-            return f"note: {message}\n"
-        return plain(message, category, filename, lineno, line=line)
-
-    warnings.formatwarning = formatted
+    warnings.formatwarning = _formatted
     # sizes of 0 in a config are refused later
     warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+
+
+_plain = warnings.formatwarning
+
+
+def _formatted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A note of ours as one line, and other warnings as Python shows them."""
+    if issubclass(category, Note):
+        return f"note: {message}\n"
+    return _plain(message, category, filename, lineno, line=line)

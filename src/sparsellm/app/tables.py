@@ -56,9 +56,9 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     out().print(phases(result.seconds, parts=verbose))
     recipe = result.recipe
     shares = f" by {result.allocated_by}" if result.allocated_by is not None else ""
-    share = f"{100 * recipe.sparsity:.4g}%"
-    target = share if recipe.pattern is None else recipe.pattern
-    target += f" {share}" if recipe.chosen_of is not None else ""
+    target = f"{100 * recipe.sparsity:.4g}%"
+    if recipe.pattern is not None:
+        target = recipe.pattern
     windows = f"{recipe.samples}×{recipe.seq_len}"
     say(
         f"{recipe.method} {target}{shares} · calibrated on {recipe.calibration} {windows}"

@@ -40,7 +40,7 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise RecipeError(
-            "tasks need lm-eval, which is not installed; pip install 'sparsellm[eval]'"
+            "tasks need lm-eval, which is not installed; pip install lm_eval"
         ) from None
     # its lines and bars would mix with those of the command line
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

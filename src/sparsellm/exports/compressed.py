@@ -35,7 +35,7 @@ def check_compressed(model: OnGrid) -> None:
         from compressed_tensors.compressors.pack_quantized import helpers  # noqa: F401
     except ImportError:
         raise MissingExtraError(
-            "this needs compressed-tensors: pip install 'sparsellm[export]'"
+            "this needs compressed-tensors: pip install compressed-tensors"
         ) from None
     if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
         way = "prune with --grid q4_0 and export to gguf"

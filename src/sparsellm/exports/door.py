@@ -92,7 +92,8 @@ def export(  # noqa: PLR0913 - the Python door
         converter: for GGUF, llama.cpp's ``convert_hf_to_gguf.py``. What it makes of the checkpoint is the template,
             from which all but the pruned linears comes.
         like: for GGUF, the ``.gguf`` file that was pruned, as the template instead. None for that of ``demo``.
-        head: for GGUF, the type of embedding and head; ``keep`` for the template's.
+        head: for GGUF, the type of embedding and head, unless the template has a smaller one; ``keep`` for the
+            template's.
         save: append the export's record to the checkpoint's ``results.json``, which its card and report read.
         overwrite: replace the file or the checkpoint in ``out``.
         restart: remove the files that an unfinished run left for ``out``. An export is never resumed.

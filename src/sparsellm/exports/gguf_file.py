@@ -74,7 +74,7 @@ def other_bytes(
     template: Template, reader: CheckpointReader, linears: Collection[str], head: str
 ) -> int:
     """Bytes of a GGUF file of a checkpoint without the linears, which are tensors of the ``reader``: its keys, and all
-    other tensors of the template, with embedding and head as ``head``."""
+    other tensors of the template, with embedding and head as ``head``, or in the template's type if that is smaller."""
     keys = template.keys_of(list(reader))
     total = int(template.reader.data_offset)
     for tensor in template.reader.tensors:
@@ -83,10 +83,30 @@ def other_bytes(
         if any(key in linears for key in of_tensor):
             continue
         if tensor.name in _HEAD and of_tensor:
-            total += _bytes_as(head, int(tensor.n_elements))
+            kind = _head_type(tensor, head)
+            total += _bytes_as(kind.name, int(tensor.n_elements))
         else:
             total += int(tensor.n_bytes)
     return total
+
+
+def _head_type(tensor: gguf.ReaderTensor, head: str) -> gguf.GGMLQuantizationType:
+    """The type in which an embedding or a head of the template is written, if ``head`` is asked for.
+
+    The template's own stays where it takes no more bytes: its values are there without loss, and no type adds to
+    them."""
+    if head == "keep":
+        return tensor.tensor_type
+    asked = gguf.GGMLQuantizationType[head.upper()]
+    if _bits(tensor.tensor_type) <= _bits(asked):
+        return tensor.tensor_type
+    return asked
+
+
+def _bits(kind: gguf.GGMLQuantizationType) -> float:
+    """Bits of a weight in a type of GGUF, with its scales."""
+    size, stored = gguf.GGML_QUANT_SIZES[kind]
+    return 8 * stored / size
 
 
 def expected_bytes(
@@ -194,7 +214,7 @@ class Contents:
     """The keys and tensors of a GGUF file.
 
     ``model`` is the checkpoint, on a grid that GGUF has. All but its linears comes from the ``template``. That was made
-    from the checkpoint ``source``: the model itself, or the dense one that was pruned. ``head`` is the type of
+    from the checkpoint ``source``: the model itself, or the dense one that was pruned. ``head`` is the largest type of
     embedding and head, such as ``q8_0``, or ``keep`` for the template's. A ModelError says that the three do not belong
     together."""
 
@@ -204,9 +224,7 @@ class Contents:
         self.model = model
         self.source = source
         self.template = template
-        self.head = None
-        if head != "keep":
-            self.head = gguf.GGMLQuantizationType[head.upper()]
+        self.head = head
         tensors = {tensor.name for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
         # the tensors of the checkpoint, by their name in GGUF
@@ -262,9 +280,8 @@ class Contents:
         if self._is_linear(tensor):
             grid = grid_for(self._grid(tensor).name, int(tensor.shape[0]))
             return gguf.GGMLQuantizationType[block_type(grid) or ""]
-        is_head = tensor.name in _HEAD and tensor.name in self.keys
-        if is_head and self.head is not None:
-            return self.head
+        if tensor.name in _HEAD and tensor.name in self.keys:
+            return _head_type(tensor, self.head)
         return tensor.tensor_type
 
     def bytes_of(self, tensor: gguf.ReaderTensor) -> int:
@@ -291,10 +308,10 @@ class Contents:
             scales = torch.cat([scales for _, scales in parts])
             return to_blocks(codes[order], scales[order], self._grid(tensor))
         if not all(map(self._same, keys)):
-            return quantised(self._trained(tensor).numpy(), kind)
+            return _stored(tensor.name, self._trained(tensor), kind)
         if kind == tensor.tensor_type:
             return tensor.data
-        return quantised(values_of(tensor).numpy(), kind)
+        return _stored(tensor.name, values_of(tensor), kind)
 
     def _trained(self, tensor: gguf.ReaderTensor) -> Tensor:
         """Rows of the checkpoint's tensor, which is not that of the source, as the template would have them."""
@@ -364,6 +381,19 @@ class Contents:
             f"{self.model.reader.directory} was not pruned from {self.template.path}, which {what}; give the .gguf "
             f"file that was pruned, or {CONVERTER_ADVICE}"
         )
+
+
+def _stored(name: str, values: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Rows of a tensor in a type of GGUF. Raises ModelError where its scales cannot hold them, as they would be
+    infinite."""
+    try:
+        with np.errstate(over="raise"):
+            return quantised(values.numpy(), kind)
+    except FloatingPointError:
+        largest = float(values.abs().max())
+        raise ModelError(
+            f"{name} has {largest:.3g}, which {kind.name} of GGUF cannot hold; check the weights of the model"
+        ) from None
 
 
 def _value(field: gguf.ReaderField) -> GGUFValue:

@@ -280,6 +280,17 @@ def check_place(
     return place
 
 
+def check_folder(out: Place, sources: Iterable[Place] = ()) -> Path:
+    """The directory in which several checkpoints are written, as :func:`check_place`. Raises StorageError for a
+    checkpoint too, which could not be replaced any more."""
+    place = check_place(out, sources)
+    if checkpoints_among(place):
+        raise StorageError(
+            f"--out {out} is a checkpoint itself; name a directory for new ones"
+        )
+    return place
+
+
 def checkpoints_among(*models: object) -> list[Path]:
     """The models that are given by the name of a directory with a checkpoint, before any is opened."""
     named = (

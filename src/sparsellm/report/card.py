@@ -17,7 +17,6 @@ from sparsellm.files.demo_model import BASE
 from sparsellm.files.named import as_typed
 from sparsellm.files.results import read_results
 from sparsellm.inputs import HUB_ID, dump_yaml, read_object, without_folders
-from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.records import Evaluation, Export, Pruning, read_pruning
 from sparsepack.checkpoint import PackedEntry, is_packed, packed_entries
@@ -80,7 +79,7 @@ def card(directory: Checkpoint) -> Path:
             file, other weights than those that were pruned, or a card that somebody else wrote or edited. Nothing is
             written."""
     directory = Path(directory).expanduser()
-    run = read_pruning(directory)
+    text = _text_of(directory)
     check_weights(directory)
     results = read_results(directory)
     if not results.evaluations and not results.exports:
@@ -88,17 +87,32 @@ def card(directory: Checkpoint) -> Path:
             f"{directory} was never evaluated; run `sparsellm eval` on it first"
         )
     check_card(directory)
+    with changing(directory) as write:
+        return write(CARD, text.encode())
+
+
+def is_behind(directory: Path) -> bool:
+    """Whether the card of a checkpoint is sparsellm's, and another than :func:`card` would write: a process was killed
+    after it had added results."""
+    path = directory / CARD
+    if not is_unedited(path):
+        return False
+    return path.read_text("utf-8") != _text_of(directory)
+
+
+def _text_of(directory: Path) -> str:
+    """The text of a checkpoint's card, from its records."""
+    run = read_pruning(directory)
+    results = read_results(directory)
     config = (
         read_object(directory / "config.json")
         if (directory / "config.json").is_file()
         else {}
     )
     packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
-    text = card_text(
+    return card_text(
         run, results.shown(), packed=packed.values(), files=results.exports
     )
-    with changing(directory) as write:
-        return write(CARD, text.encode())
 
 
 def check_card(directory: Path) -> None:
@@ -142,7 +156,6 @@ def card_text(
 
     base = run.base.model if HUB_ID.fullmatch(run.base.model or "") else None
     pattern = run.recipe.get("pattern")
-    fixed = isinstance(pattern, str) and parse_chosen(pattern) is None
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
@@ -151,7 +164,7 @@ def card_text(
             "sparsellm",
             "pruning",
             "sparsity",
-            *([f"sparsity-{pattern}"] if fixed else []),
+            *([f"sparsity-{pattern}"] if isinstance(pattern, str) else []),
         ],
         **run.base.model_dump(include=set(_LICENSE), exclude_none=True),
     )

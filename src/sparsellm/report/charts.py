@@ -238,13 +238,11 @@ def _heat_map(
     """Values by kind of linear and block: fractions, or coloured by ``log``. The text has a place for their range."""
 
     def z(value: float | None) -> float | None:
-        return (
-            value
-            if not log
-            else math.log10(value)
-            if value is not None and value > 0
-            else None
-        )
+        if not log:
+            return value
+        if value is None or value <= 0:
+            return None
+        return math.log10(value)
 
     shown = short_number if log else percent
     name, title, text = heading

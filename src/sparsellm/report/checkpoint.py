@@ -50,14 +50,12 @@ class Checkpoint:
     @property
     def packed_bytes(self) -> int | None:
         """The size of the packed weight files; None if there are none and no benchmark measured them."""
+        if self.packed:
+            return self.file_bytes
         measured = self.decoding()
-        return (
-            self.file_bytes
-            if self.packed
-            else measured[0].packed_disk_bytes
-            if measured
-            else None
-        )
+        if measured is None:
+            return None
+        return measured[0].packed_disk_bytes
 
     def decoding(self) -> tuple[Benchmark, Pair] | None:
         """The latest benchmark with decoding, and its speeds while decoding."""

@@ -264,17 +264,13 @@ def _advice(
     most = max(runs, key=lambda run: run.recovery)
     if best is None:
         return f"No run has {' and '.join(asked)}. The best recovery is that of {said(most)}."
-    why = (
-        "the best recovery"
-        if recover is None
-        else "the smallest size"
-        if packed
-        else "the fewest weights"
-    )
+    why = "the smallest size" if packed else "the fewest weights"
+    if recover is None:
+        why = "the best recovery"
     text = f"Take {said(best)}: it has {why} among the runs with {' and '.join(asked)}."
-    return (
-        text if best is most else f"{text} The best recovery is that of {said(most)}."
-    )
+    if best is not most:
+        text += f" The best recovery is that of {said(most)}."
+    return text
 
 
 def _values(

@@ -84,6 +84,10 @@ def check_page(out: Place) -> Path:
     text = os.fspath(out)
     given = Path(os.path.expanduser(text))
     place = Path(os.path.realpath(given.parent)) / given.name
+    if place.suffix.lower() not in (".html", ".htm") and not os.path.isdir(place):
+        raise StorageError(
+            f"--out {shown(text)} is not the name of a page; name a file, such as compare.html"
+        )
     if os.path.isdir(place):
         raise StorageError(
             f"--out {shown(text)} is a directory; name a file, such as compare.html"
@@ -215,7 +219,7 @@ def _library() -> tuple[str, str]:
         )
     except (ModuleNotFoundError, FileNotFoundError):
         raise MissingExtraError(
-            "a report needs the package plotly: pip install 'sparsellm[report]'"
+            "a report needs the package plotly: pip install plotly"
         ) from None
     return base64.b64encode(gzip.compress(source.encode("utf-8"), 6, mtime=0)).decode(
         "ascii"

@@ -36,8 +36,6 @@ STREAMED = "streamed"
 RESIDENT = {  # the ways to hold all blocks in a sweep, the fastest first
     "resident": Residence(),
     "resident, recomputing": Residence(recomputes=True),
-    "resident, offloading": Residence(offloads=True),
-    "resident, recomputing and offloading": Residence(recomputes=True, offloads=True),
 }
 # bytes a weight: fp32 parameter, its gradient, two moments, the best state so far
 STATE_BYTES = 5 * 4
@@ -169,14 +167,10 @@ class Budget:
         way = RESIDENT.get(sweep)
         if way is None:
             largest = max(elements_of(chain, index) for index in range(len(chain)))
-            self.running.expect(4 * STREAMED_COPIES * largest + _logit_bytes(chain))
+            self.running.expect(4 * STREAMED_COPIES * largest + logit_bytes(chain))
             return
         state, activations = sweep_bytes(chain, way, STEP_TOKENS)
-        state //= parallel.size()
-        if way.offloads:
-            self.host.expect(state)
-            state = 0
-        self.running.expect(state + activations)
+        self.running.expect(state // parallel.size() + activations)
 
     def check_block(self) -> None:
         """Goes by what a block has taken. Raises MemoryBudgetError if that is more than the budget, wherever the hidden
@@ -221,7 +215,7 @@ class Budget:
     def check_measuring(self, chain: Chain) -> None:
         """Raises MemoryBudgetError if the budget has no room for embedding, head and the logits of some tokens."""
         outer = chain.dtype.itemsize * chain.outer_elements()
-        needed = outer + _logit_bytes(chain)
+        needed = outer + logit_bytes(chain)
         held = machine.held_rss() if self.card is None else 0
         room = self.running.limit - held
         if needed > room:
@@ -283,22 +277,14 @@ def choose_sweep(
 
     Only a streamed sweep takes experts, rounded values and, in several processes, models with a parameter that is a
     single number or is shared, which processes do not divide by rows."""
+    room = budget.host.limit - machine.held_rss()
+    if budget.card is not None:
+        room = budget.card.left
     for name in (
         RESIDENT if can_be_resident(chain, unrounded=unrounded, ranks=ranks) else ()
     ):
-        way = RESIDENT[name]
-        if way.offloads and (budget.card is None or not divisible(chain)):
-            continue
-        room = budget.host.limit - machine.held_rss()
-        state, activations = sweep_bytes(chain, way, step_tokens)
-        state //= ranks
-        if budget.card is None:
-            fits = state + activations <= room
-        elif way.offloads:
-            fits = state <= room and activations <= budget.card.left
-        else:
-            fits = state + activations <= budget.card.left
-        if fits:
+        state, activations = sweep_bytes(chain, RESIDENT[name], step_tokens)
+        if state // ranks + activations <= room:
             return name
     return STREAMED
 
@@ -337,11 +323,11 @@ def sweep_bytes(chain: Chain, way: Residence, step_tokens: int) -> tuple[int, in
     kept = 4 * step_tokens * of_token * blocks
     inputs = 4 * step_tokens * text.hidden_size * len(chain)
     outer = chain.dtype.itemsize * chain.outer_elements()
-    working = copies + kept + inputs + _logit_bytes(chain) + outer
+    working = copies + kept + inputs + logit_bytes(chain) + outer
     return STATE_BYTES * weights, working
 
 
-def _logit_bytes(chain: Chain) -> int:
+def logit_bytes(chain: Chain) -> int:
     """Bytes of the logits of a chunk of tokens in a loss."""
     vocabulary = chain.config.get_text_config().vocab_size
     return 4 * LOGIT_COPIES * HEAD_TOKENS * int(vocabulary)
@@ -358,7 +344,7 @@ def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
     if way is None:
         return None
     narrow = chain.device.type == "cuda" and chain.dtype is torch.bfloat16
-    return replace(way, sharded=ranks > 1 or way.offloads, narrow=narrow)
+    return replace(way, sharded=ranks > 1, narrow=narrow)
 
 
 def _gb(size: int) -> str:

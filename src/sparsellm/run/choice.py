@@ -92,7 +92,7 @@ class Choice:
                 sets = 4
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         chosen = allocator.check(recipe.allocation_options)
-        prunes = recipe.sparsity != 0 or recipe.bits is not None
+        prunes = recipe.sparsity != 0 or recipe.program is not None
         allocates = allocator.name != "uniform" and prunes
         allocation = (
             allocator,

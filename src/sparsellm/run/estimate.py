@@ -24,7 +24,6 @@ from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import FewerExperts, experts_of_token
 from sparsellm.method.solvers import rounding
 from sparsellm.method.sweep.gradients import LEAST_WINDOWS, TOKENS
-from sparsellm.method.sweep.head import HEAD_TOKENS
 from sparsellm.method.sweep.streamed import MOST_KEPT
 from sparsellm.method.sweep.whole_model import STEP_TOKENS
 from sparsellm.model import Chain
@@ -40,9 +39,9 @@ from sparsellm.run.budget import (
     Budget,
     can_be_resident,
     device_limit,
-    divisible,
     elements_of,
     host_limit,
+    logit_bytes,
     sweep_bytes,
 )
 from sparsellm.run.choice import Choice, choice_for
@@ -259,12 +258,11 @@ def estimate(
     )
     block += int(4 * (weights * work.linear + matrices * work.inputs**2))
     # 3. The gradients of the dense model: a block in fp32 with its gradients, logits; hidden states of every block.
-    logits = 4 * 4 * HEAD_TOKENS * text.vocab_size
     differentiated = _differentiated(choice, extent)
     steps = {"prune": (block, hidden)}
     if differentiated:
         steps["gradients"] = (
-            10 * work.largest + logits,
+            10 * work.largest + logit_bytes(chain),
             differentiated * state * (len(chain) + 1),
         )
     # 4. The sweep: bytes a weight, and the activations of a step.
@@ -370,7 +368,9 @@ def _seconds(
     swept = extent.swept / (extent.ranks if sweep in RESIDENT else 1)
     sweeping = swept * 5 * (forward + head) / BUSY
     moving = work.weights * 32 / speeds.memory
-    sweeping += swept / STEP_TOKENS * (moving + work.blocks * BLOCK_STEP)
+    # a pass has a step of its own, however short its text is
+    steps = max(swept / STEP_TOKENS, choice.passes)
+    sweeping += steps * (moving + work.blocks * BLOCK_STEP)
     # 10. The checkpoint is read and checked, and every copy of it is written.
     reading = stored / DISK
     return {
@@ -393,16 +393,13 @@ def _sweep(
     """How a sweep would hold the blocks, the bytes that it works on, and those that may be in files."""
     if can_be_resident(chain, unrounded=unrounded, ranks=extent.ranks):
         for name, way in RESIDENT.items():
-            if way.offloads and not (chain.device.type == "cuda" and divisible(chain)):
-                continue
             state, activations = sweep_bytes(chain, way, STEP_TOKENS)
-            state = 0 if way.offloads else state // extent.ranks
-            if state + activations <= room:
-                return name, state + activations, 0
-    logits = 4 * 4 * HEAD_TOKENS * chain.config.get_text_config().vocab_size
+            size = state // extent.ranks + activations
+            if size <= room:
+                return name, size, 0
     return (
         STREAMED,
-        4 * 5 * work.largest + logits,
+        4 * 5 * work.largest + logit_bytes(chain),
         int(4 * (5 if kept < MOST_KEPT else 4) * kept * work.weights),
     )
 

@@ -41,6 +41,7 @@ from sparsellm.progress import PhaseClock, Progress
 from sparsellm.recipe import NOTIONAL, Recipe
 from sparsellm.records import Settings
 from sparsellm.run.choice import Choice, sizes_of
+from sparsellm.run.smallest_size import Q4_K_M, q4_k_m, smallest
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS, grid_for
 
@@ -48,6 +49,11 @@ OWN = "sparsellm"
 LLAMA_CPP = "llama.cpp"
 VLLM = "vllm"
 SPARSITIES = (0.0, 0.3, 0.5, 0.7)  # at which forms of the packed format are measured
+# Grids that are not measured: int8 activations lose more at the same bytes, no kernel of vLLM reads int3, and iq4_nl
+# loses less than q4_0 at its bytes.
+NEVER = frozenset({"w8a8", "w3a16", "q4_0"})
+# grids that the packed format stores dense, with scales of more than 32 columns
+WIDER = ("w4a16-64", "w4a16", "w3a16")
 # zeros of one form for all: with more of them another type is better
 MOST_ZEROS = 0.6
 WITH_ZEROS = 2  # types with zeros that are compared
@@ -66,18 +72,17 @@ def forms_for(program: str, columns: int) -> list[Form]:
     """The forms that are measured for a program, of linears with this many inputs."""
     if program == OWN:
         grouped = [Form(t, s) for t in ("int4", "int3") for s in SPARSITIES]
-        return [Form("int8"), Form("int6"), Form("int5"), *grouped]
+        wider = [Form(name) for name in WIDER if columns % GRIDS[name].group == 0]
+        return [Form("int8"), Form("int6"), Form("int5"), *grouped, *wider]
     formats = {LLAMA_CPP: "gguf", VLLM: "compressed-tensors"}
     names = [
         grid.name
         for grid in GRIDS.values()
         if grid.form == formats[program]
+        and grid.name not in NEVER
         # llama.cpp takes another type where one does not divide a row
         and columns % (grid_for(grid.name, columns).columns or columns) == 0
     ]
-    if program == VLLM:
-        # int8 activations lose more at the same bytes, and no kernel reads int3
-        names = [name for name in names if name not in ("w8a8", "w3a16")]
     return [Form(name) for name in names]
 
 
@@ -90,10 +95,19 @@ def least_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
     return total
 
 
+def most_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
+    """The bytes of linears with these shapes in the largest forms of a program."""
+    total = 0
+    for shape in shapes:
+        sizes = [form_bytes(form, shape) for form in forms_for(program, shape[1])]
+        total += max(sizes, default=0)
+    return total
+
+
 def check_size(chain: Chain, recipe: Recipe) -> None:
     """Refuses a size that no forms of its program have, a linear without a form, and experts in the packed format,
     where they stay dense. Raises RecipeError."""
-    if recipe.program is None or recipe.bits is None:
+    if recipe.program is None:
         return
     sizes = sizes_of(chain, recipe)
     names = {size.name for size in sizes}
@@ -114,6 +128,8 @@ def check_size(chain: Chain, recipe: Recipe) -> None:
                 f"{size.name} has {size.shape[1]} inputs, for which {recipe.program} has no form; leave it out "
                 "(exclude)"
             )
+    if recipe.bits is None:
+        return
     least = least_bytes(recipe.program, [size.shape for size in sizes])
     weights = sum(size.weights for size in sizes)
     if 8 * least > recipe.bits * weights:
@@ -156,6 +172,7 @@ class Candidate:
 
     name: str
     forms: Mapping[str, Form]
+    compensated: bool = True  # whether a run makes up for its errors
 
     def bytes(self, sizes: Sequence[LinearSize]) -> int:
         return sum(form_bytes(self.forms[x.name], x.shape) for x in sizes)
@@ -168,13 +185,12 @@ def choose_forms(
     choice: Choice,
     recipe: Recipe,
 ) -> Allocation:
-    """The allocation of zeros and types for the program and the bits of a recipe, from the ``gradients`` of the dense
-    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible."""
+    """The allocation of zeros and types for the program and the size of a recipe, from the ``gradients`` of the dense
+    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible, or no size has
+    the divergence that is asked for."""
     assert gradients is not None
     assert recipe.program is not None
-    assert recipe.bits is not None
     program = recipe.program
-    bits = recipe.bits
     weights = sum(size.weights for size in sizes)
 
     def zeros(sparsity: float) -> dict[str, float]:
@@ -183,7 +199,6 @@ def choose_forms(
         allocation = choice.allocator.function(survey, **choice.allocation_options)
         return {size.name: allocation.zeros[size.name] / size.weights for size in sizes}
 
-    total = bits * weights / 8
     judges = feed.windows[-min(JUDGES, len(feed.windows)) :]
     rest = feed.windows[: max(1, len(feed.windows) - len(judges))]
     observed = replace(feed, windows=rest).first(GRAM_TOKENS)
@@ -193,25 +208,30 @@ def choose_forms(
     tables = tables_of(sizes, measured)
     units = units_of(sizes, measured.groups, program)
     sparsities = zeros(NOTIONAL)
-    budgets = bytes_of_threshold(
-        {size.name: size.weights for size in sizes}, sparsities, total
-    )
-    chosen = Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
-    candidates = [chosen, *uniform_forms(sizes, tables, zeros, total)]
+    weights_of = {size.name: size.weights for size in sizes}
+
+    def by_linear(bits: float) -> Candidate:
+        total = bits * weights / 8
+        budgets = bytes_of_threshold(weights_of, sparsities, total)
+        return Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
+
+    judging = replace(feed, windows=judges)
+    compared: list[Settings] = []
+    bits = recipe.bits
+    if bits is None:
+        with clock.phase("size"):
+            bits, known = _smallest_size(judging, sizes, measured, by_linear, recipe)
+        compared += known
+    total = bits * weights / 8
+    candidates = [by_linear(bits), *uniform_forms(sizes, tables, zeros, total)]
     with clock.phase("compare"):
-        divergence_of = divergences(replace(feed, windows=judges), measured, candidates)
+        divergence_of = divergences(judging, measured, candidates)
     best = min(
         range(len(candidates)),
         key=lambda number: divergence_of[number] * _margin(candidates[number]),
     )
-    compared: list[Settings] = [
-        {
-            "name": candidate.name,
-            "bits": round(8 * candidate.bytes(sizes) / weights, 4),
-            "divergence": divergence,
-        }
-        for candidate, divergence in zip(candidates, divergence_of, strict=True)
-    ]
+    for candidate, divergence in zip(candidates, divergence_of, strict=True):
+        compared.append(_compared(candidate, sizes, divergence))
     report: Settings = {
         "program": program,
         "bits": bits,
@@ -225,6 +245,53 @@ def choose_forms(
         report,
         {size.name: forms[size.name].values for size in sizes},
     )
+
+
+def _compared(
+    candidate: Candidate, sizes: Sequence[LinearSize], divergence: float
+) -> Settings:
+    """What the report says of a candidate."""
+    weights = sum(size.weights for size in sizes)
+    return {
+        "name": candidate.name,
+        "bits": round(8 * candidate.bytes(sizes) / weights, 4),
+        "divergence": divergence,
+    }
+
+
+def _smallest_size(
+    judging: Feed,
+    sizes: Sequence[LinearSize],
+    measured: Measured,
+    by_linear: Callable[[float], Candidate],
+    recipe: Recipe,
+) -> tuple[float, list[Settings]]:
+    """The fewest bits at which the mixture by linear diverges by at most what the recipe asks for; and what was
+    compared with, if that is Q4_K_M. Raises RecipeError if the largest forms diverge more."""
+    assert recipe.program is not None
+    goal = recipe.divergence
+    weights = sum(size.weights for size in sizes)
+    shapes = [size.shape for size in sizes]
+    least = 8 * least_bytes(recipe.program, shapes) / weights
+    most = 8 * most_bytes(recipe.program, shapes) / weights
+    candidates = [by_linear(most)]
+    if goal == Q4_K_M:
+        candidates.append(Candidate(Q4_K_M, q4_k_m(sizes), compensated=False))
+    first = divergences(judging, measured, candidates)
+    known: list[Settings] = []
+    if goal == Q4_K_M:
+        goal = first[1]
+        known.append(_compared(candidates[1], sizes, goal))
+    assert isinstance(goal, float)
+    if first[0] > goal:
+        raise RecipeError(
+            f"no form of {recipe.program} has a divergence of at most {goal:.3g}; the largest ones have {first[0]:.3g}"
+        )
+
+    def divergences_at(tried: Sequence[float]) -> list[float]:
+        return divergences(judging, measured, [by_linear(bits) for bits in tried])
+
+    return smallest(least, most, goal, divergences_at), known
 
 
 def measure(
@@ -464,9 +531,11 @@ def _in_form(
             stored = nearest(
                 weight, measured.squares[linear.name], form, linear.storage_dtype
             )
-            error = _error_at(measured.errors[linear.name], form)
-            lost = _error_at(measured.nearest[linear.name], form)
-            share = math.sqrt(error / lost) if lost else 1.0
+            share = 1.0
+            if candidate.compensated:
+                error = _error_at(measured.errors[linear.name], form)
+                lost = _error_at(measured.nearest[linear.name], form)
+                share = math.sqrt(error / lost) if lost else 1.0
             linear.assign(weight + share * (stored - weight))
         yield
     finally:

@@ -78,7 +78,7 @@ def result_of(
         dense = parallel.from_main(count)
     values, grid = rounded_to(linears)
     asked = recipe.sparsity
-    if recipe.bits is not None:  # the allocation chose it
+    if recipe.program is not None:  # the allocation chose it
         zeros = sum(linear.asked * linear.weights for linear in linears)
         asked = zeros / sum(linear.weights for linear in linears)
     experts = [] if removed is None else removed.experts

@@ -17,7 +17,6 @@ from sparsellm.errors import RecipeError
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.method.allocation import Allocation, LinearSize, Survey
 from sparsellm.method.allocation.allocator import divide_zeros
-from sparsellm.method.allocation.exact import round_to_groups
 from sparsellm.method.blocks import BlockTask
 from sparsellm.method.sweep.gradients import (
     LEAST_WINDOWS,
@@ -79,7 +78,7 @@ def survey(
             journal.keep_output_costs(costs)
     if allocates:
         with clock.phase("allocation"):
-            if decided.recipe.bits is None:
+            if decided.recipe.program is None:
                 chosen = _allocate(choice, decided.recipe, feed, sizes, gradients)
             else:
                 chosen = choose_forms(
@@ -119,17 +118,7 @@ def _allocate(
         raise RecipeError(
             f"allocation {choice.allocator.name} {wrong}; use from_sparsities(survey, sparsities)"
         )
-    result = parts.allocation(chosen)
-    m = recipe.chosen_of
-    if m is None:
-        return result
-    zeros = round_to_groups(
-        [result.zeros[x.name] for x in parts.free],
-        [x.weights for x in parts.free],
-        m,
-        parts.zeros,
-    )
-    return Allocation.of(parts.free, zeros, result.report)
+    return parts.allocation(chosen)
 
 
 def dense_end(

@@ -54,5 +54,5 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """A ModelError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ModelError(
-            "the model has no chat template, so it takes no conversation; continue a text instead"
+            "the model has no chat template, so it takes no conversation; continue a text, with `sparsellm generate`"
         )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -62,14 +63,15 @@ def escaped(text: str) -> str:
 
 def _joined(content: Any) -> Any:
     """The text of a message whose parts are all text; anything else unchanged, and refused as no text."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
-        texts = [part.get("text") for part in content]
-        if all(isinstance(text, str) for text in texts):
-            return "".join(texts)
+    if not isinstance(content, list):
         return content
-    return content
+    texts = []
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
+            return content
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _changes_nothing(name: str, value: object) -> bool:
@@ -125,14 +127,24 @@ class StreamOptions(_Given):
 
 
 class Asked(_Given):
-    """What chat and completions have in common."""
+    """What chat and completions have in common.
+
+    Attributes:
+        KIND, CHUNK, PREFIX: the API's names of an answer and of a piece of one, and how its id begins.
+        FIRST, LAST: what the first and the last piece of a stream say in place of text.
+    """
 
     KIND: ClassVar[str]
     CHUNK: ClassVar[str]
     PREFIX: ClassVar[str]
+    FIRST: ClassVar[dict[str, Any]]
+    LAST: ClassVar[dict[str, Any]]
 
     model: str | None = None
-    max_tokens: Tokens | None = None
+    max_tokens: Annotated[
+        Tokens | None,
+        Field(validation_alias=AliasChoices("max_completion_tokens", "max_tokens")),
+    ] = None
     temperature: Annotated[Temperature, Field(le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     # those that user interfaces send besides OpenAI's; -1 is all tokens, as 0
@@ -151,11 +163,6 @@ class Asked(_Given):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
-    @property
-    def limit(self) -> int | None:
-        """The most tokens of the answer that the client asks for."""
-        return self.max_tokens
-
     def sampling(self) -> Sampling:
         """How the prompt is continued; what is not asked is as the model recommends, with another seed each time."""
         if self.seed is None:
@@ -171,15 +178,13 @@ class Asked(_Given):
         """The prompt as token ids ``(1, tokens)``."""
         raise NotImplementedError
 
-    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
-        """The whole answer."""
+    def whole(self, text: str) -> dict[str, Any]:
+        """A whole answer with this text."""
         raise NotImplementedError
 
-    def piece(
-        self, text: str | None, finish: str | None, *, first: bool
-    ) -> dict[str, Any]:
-        """A piece of the answer; no text at the end of a stream."""
-        return self.choice(text or "", finish)
+    def piece(self, text: str) -> dict[str, Any]:
+        """A piece of an answer with this text."""
+        return self.whole(text)
 
 
 class ChatRequest(Asked):
@@ -188,15 +193,11 @@ class ChatRequest(Asked):
     KIND = "chat.completion"
     CHUNK = "chat.completion.chunk"
     PREFIX = "chatcmpl-"
+    # the role only once, since clients join the values of all pieces
+    FIRST: ClassVar = {"delta": {"role": "assistant", "content": ""}}
+    LAST: ClassVar = {"delta": {}}
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Tokens | None = None
-
-    @property
-    def limit(self) -> int | None:
-        if self.max_completion_tokens is None:
-            return self.max_tokens
-        return self.max_completion_tokens
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return chat_ids(
@@ -204,29 +205,11 @@ class ChatRequest(Asked):
             [message.model_dump(exclude_none=True) for message in self.messages],
         )
 
-    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        return {
-            "index": 0,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": finish,
-        }
+    def whole(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
 
-    def piece(
-        self, text: str | None, finish: str | None, *, first: bool
-    ) -> dict[str, Any]:
-        delta = {}
-        if first:  # only once, since clients join the values of all pieces
-            delta["role"] = "assistant"
-        if text is not None:
-            delta["content"] = text
-        return {
-            "index": 0,
-            "delta": delta,
-            "logprobs": None,
-            "finish_reason": finish,
-        }
+    def piece(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
 
 
 class CompletionRequest(Asked):
@@ -235,6 +218,8 @@ class CompletionRequest(Asked):
     KIND = "text_completion"
     CHUNK = "text_completion"
     PREFIX = "cmpl-"
+    FIRST: ClassVar = {"text": ""}
+    LAST: ClassVar = {"text": ""}
 
     prompt: Annotated[
         Words,
@@ -249,8 +234,8 @@ class CompletionRequest(Asked):
         ids: Tensor = tokenizer(self.prompt, return_tensors="pt")["input_ids"]
         return ids
 
-    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+    def whole(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
 
 class Answer:
@@ -258,8 +243,6 @@ class Answer:
 
     def __init__(self, asked: Asked, model: str) -> None:
         self._asked = asked
-        self._first = True
-        self.with_usage = asked.stream_options.include_usage
         self._head = {
             "id": asked.PREFIX + secrets.token_hex(12),
             "created": int(time.time()),
@@ -268,32 +251,40 @@ class Answer:
 
     def whole(self, result: Generation) -> dict[str, Any]:
         """The answer in one object."""
-        choice = self._asked.choice(result.text, result.finish)
+        said = self._asked.whole(result.text)
         return {
             **self._head,
             "object": self._asked.KIND,
-            "choices": [choice],
+            "choices": [_choice(said, result.finish)],
             "usage": _usage(result),
         }
 
-    def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
-        """A piece of a stream."""
-        if self.with_usage:
-            usage = {"usage": None}
-        else:
-            usage = {}
-        choice = self._asked.piece(text, finish, first=self._first)
-        self._first = False
-        return {**self._head, "object": self._asked.CHUNK, "choices": [choice], **usage}
+    def first(self) -> dict[str, Any]:
+        """The beginning of a stream."""
+        return self._piece([_choice(self._asked.FIRST, None)], None)
 
-    def usage(self, result: Generation) -> dict[str, Any]:
-        """The last object of a stream, if the client asks for it."""
-        return {
-            **self._head,
-            "object": self._asked.CHUNK,
-            "choices": [],
-            "usage": _usage(result),
-        }
+    def piece(self, text: str) -> dict[str, Any]:
+        """A piece of text in a stream."""
+        return self._piece([_choice(self._asked.piece(text), None)], None)
+
+    def last(self, result: Generation) -> list[dict[str, Any]]:
+        """The end of a stream: what ended it, and the numbers of tokens if the client asks for them."""
+        ended = self._piece([_choice(self._asked.LAST, result.finish)], None)
+        if not self._asked.stream_options.include_usage:
+            return [ended]
+        return [ended, self._piece([], _usage(result))]
+
+    def _piece(
+        self, choices: list[dict[str, Any]], usage: dict[str, int] | None
+    ) -> dict[str, Any]:
+        piece = {**self._head, "object": self._asked.CHUNK, "choices": choices}
+        if self._asked.stream_options.include_usage:
+            piece["usage"] = usage
+        return piece
+
+
+def _choice(said: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    return {"index": 0, **said, "logprobs": None, "finish_reason": finish}
 
 
 def _usage(result: Generation) -> dict[str, int]:

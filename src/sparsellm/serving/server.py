@@ -104,7 +104,9 @@ def _key(file: Path | None) -> str | None:
         try:
             read = read_bytes(file.expanduser(), 4096, RecipeError, pipe=True)
         except (RecipeError, RuntimeError) as failed:  # RuntimeError: no such user
-            raise RecipeError(f"--key-file: {failed}") from None
+            raise RecipeError(
+                f"--key-file: {failed}; check the path, or leave it out"
+            ) from None
         given = read.decode("ascii", "replace").strip()
         where = f"--key-file {file}"
     fits = given is None or (
@@ -213,25 +215,32 @@ class _Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers = Headers(scope=scope)
+        refused = self._refused(Headers(scope=scope), scope["path"])
+        parts = []
         read = 0
-
-        async def limited() -> Message:
-            nonlocal read
+        more = True
+        # a client that still sends would lose the answer when the connection closes
+        while more and read < 16 * self._most:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            more = message.get("more_body", False)
             read += len(message.get("body", b""))
-            if read > self._most:
-                raise HTTPException(413, f"the body has more than {self._most} bytes")
-            return message
-
-        refused = self._refused(headers, scope["path"])
-        if refused is None:
-            await self._app(scope, limited, send)
+            if read <= self._most:
+                parts.append(message.get("body", b""))
+        if refused is None and read > self._most:
+            refused = _problem(
+                413, f"the body is too large; at most {self._most} bytes are read"
+            )
+        if refused is not None:
+            await refused(scope, receive, send)
             return
-        size = 0  # a client that still sends would lose the answer when the connection closes
-        while (message := await receive()).get("more_body") and size < 16 * self._most:
-            size += len(message["body"])
-        await refused(scope, receive, send)
+        read_once = iter([{"type": "http.request", "body": b"".join(parts)}])
+
+        async def whole() -> Message:
+            return next(read_once, None) or await receive()
+
+        await self._app(scope, whole, send)
 
     def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -248,14 +257,6 @@ class _Gate:
             return _problem(
                 400,
                 f"the host {shown(headers.get('host'))} is not localhost; set {KEY} to allow others",
-            )
-        if (
-            headers.get("content-length", "0").isdigit()
-            and int(headers.get("content-length", "0")) > self._most
-        ):
-            return _problem(
-                413,
-                f"the body has {headers['content-length']} bytes; at most {self._most} are read",
             )
         return None
 
@@ -364,7 +365,7 @@ def application(worker: Worker, name: str) -> FastAPI:
     async def answer(asked: Asked, request: Request) -> Response:
         if asked.model not in (None, name):
             return unknown(asked.model)
-        job = Job(asked.ids, asked.sampling(), asked.limit)
+        job = Job(asked.ids, asked.sampling(), asked.max_tokens, streams=asked.stream)
         made = Answer(asked, name)
         worker.submit(job)
         events = _events(job, request)
@@ -375,8 +376,6 @@ def application(worker: Worker, name: str) -> FastAPI:
                 return StreamingResponse(
                     _stream(event, events, made), media_type="text/event-stream"
                 )
-            while isinstance(event, str):
-                event = await anext(events)
         except GoneError:
             return Response(status_code=499)
         assert isinstance(event, Generation)
@@ -417,12 +416,12 @@ async def _stream(
 ) -> AsyncIterator[str]:
     """An answer as server-sent events."""
     try:
+        yield _sent(made.first())
         while isinstance(event, str):
             yield _sent(made.piece(event))
             event = await anext(events)
-        yield _sent(made.piece(None, event.finish))
-        if made.with_usage:
-            yield _sent(made.usage(event))
+        for content in made.last(event):
+            yield _sent(content)
         yield "data: [DONE]\n\n"
     except GoneError:
         return

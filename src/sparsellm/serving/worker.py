@@ -34,7 +34,7 @@ class GoneError(SparseLLMError):
 
 
 class Job:
-    """A request on its way through the worker: pieces of text come back, then the result or an error.
+    """A request on its way through the worker: pieces of text come back, if it streams, then the result or an error.
 
     ``ids`` makes the prompt ``(1, tokens)``; ``limit`` is the most tokens of the answer, None for what has room."""
 
@@ -43,10 +43,13 @@ class Job:
         ids: Callable[[PreTrainedTokenizerBase], Tensor],
         sampling: Sampling,
         limit: int | None,
+        *,
+        streams: bool = True,
     ) -> None:
         self.ids = ids
         self.sampling = sampling
         self.limit = limit
+        self.streams = streams
         self.cancelled = False
         self.answer: Answer | None = None  # once its prompt is known
         self._loop = asyncio.get_running_loop()
@@ -282,7 +285,8 @@ class Worker:
             self._tokenizer,
             ids,
             replace(job.sampling, max_new_tokens=limit),
-            on_text=job.send,
+            # each piece wakes the loop, which costs as much as choosing a token
+            on_text=job.send if job.streams else None,
             cancelled=lambda: (
                 job.cancelled
                 or (self._end is not None and time.monotonic() > self._end)

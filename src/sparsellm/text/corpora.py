@@ -232,7 +232,7 @@ def hub_column(
         data = datasets.load_dataset(*arguments, **settings)
     except ImportError as error:
         raise DataError(
-            f"{named} needs the package 'datasets': pip install 'sparsellm[hub]', {instead}"
+            f"{named} needs the package 'datasets': pip install datasets, {instead}"
         ) from error
     except Exception as error:  # errors of network, Hub and format, from several packages without a common base class
         raise DataError(

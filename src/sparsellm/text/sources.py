@@ -114,6 +114,8 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
         )
     if name in (*_PLAIN, SELF):
         if colon:
+            if "," in source:
+                _refuse_mixture(source)
             raise DataError(
                 f"source {shown(source)}: {name} takes nothing after its name; write {name!r}"
             )

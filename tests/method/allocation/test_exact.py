@@ -13,7 +13,6 @@ from sparsellm.method.allocation.allocator import ALLOCATIONS, from_sparsities
 from sparsellm.method.allocation.exact import (
     LARGEST,
     bounds,
-    round_to_groups,
     shift_to_total,
 )
 from sparsellm.patterns import round_exactly
@@ -63,16 +62,6 @@ def test_within_limits_goals_are_met(
         assert abs(zeros - real) <= 1 + 1e-9 * count
         assert zeros / count >= sparsity - span - 1 / count
         assert zeros / count <= sparsity + span + 1 / count
-
-
-def test_groups_reach_the_total_from_outside_the_limits() -> None:
-    """One step from the nearest multiples is not enough: these are 1 of 4 for 1 %, and 3 of 4 for 99 %."""
-    weights, goals = [48] * 10, [0.48] * 7 + [47.52] * 3
-    zeros = round_to_groups(
-        goals, weights, 4, round(sum(goals)) - round(sum(goals)) % 12
-    )
-    assert sum(zeros) == round(sum(goals)) - round(sum(goals)) % 12
-    assert all(12 <= count <= 36 and count % 12 == 0 for count in zeros)
 
 
 def test_a_shift_moves_all_alike_where_no_limit_is_met() -> None:

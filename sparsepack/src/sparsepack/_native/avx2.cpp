@@ -1,5 +1,6 @@
 // AVX2 with FMA and F16C (Haswell, Zen and later): eight columns at a time through a table of byte shuffles.
 #include "kernels.h"
+#include "numbers.h"
 
 #ifdef SPARSELLM_X86
 #include <cpuid.h>
@@ -20,6 +21,10 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vector load(const uint16_t* bf16) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
 inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
 inline Vector all(float number) { return _mm256_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
@@ -158,8 +163,7 @@ const InstructionSet kAvx2 = {
     int8_to_fp32,
     fp32_to_bf16,
     &kIntegerAvx2,
-    attention_scores,
-    attention_values,
+    kAttend,
     nullptr,
 };
 

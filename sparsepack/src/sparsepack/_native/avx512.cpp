@@ -1,5 +1,6 @@
 // AVX-512 without VBMI2 (Skylake-X, Cascade Lake, Cooper Lake): values become 32 bits wide first, then are expanded.
 #include "kernels.h"
+#include "numbers.h"
 
 #ifdef SPARSELLM_X86
 #include "target.h"
@@ -70,8 +71,7 @@ const InstructionSet kAvx512 = {
     int8_to_fp32,
     fp32_to_bf16,
     &kIntegerAvx2,
-    attention_scores,
-    attention_values,
+    kAttend,
     nullptr,
 };
 

@@ -5,6 +5,10 @@
 constexpr int kPrefetchSteps = 2;
 
 inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+inline Vector load(const uint16_t* bf16) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 inline Vector all(float number) { return _mm512_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }

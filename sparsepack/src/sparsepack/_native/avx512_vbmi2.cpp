@@ -1,4 +1,5 @@
 // AVX-512 with VBMI2 (Ice Lake, Sapphire Rapids, Zen 4 and later): bytes and halves are spread by one expand.
+#include "numbers.h"
 #include "tiles.h"
 
 #ifdef SPARSELLM_X86
@@ -88,8 +89,7 @@ constexpr InstructionSet with(const char* name, bool (*is_supported)(), const Ti
       int8_to_fp32,
       fp32_to_bf16,
       &kIntegerAvx512Vnni,
-      attention_scores,
-      attention_values,
+      kAttend,
       tiles,
   };
 }

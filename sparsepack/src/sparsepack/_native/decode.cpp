@@ -1,6 +1,7 @@
 // Tokens through a whole decoder without Python in between: every product is one of the driver's.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "driver.h"
 #include "numbers.h"
@@ -61,34 +62,50 @@ void rotate(float* head, const float* cos, const float* sin, int64_t size) {
   }
 }
 
+int64_t bytes_of(CacheType type) { return type == kCacheBf16 ? 2 : 4; }
+
 // A token, and the cache of keys and values of its sequence: (layers, 2, kv_heads, capacity, size).
 struct Step {
   int64_t token, position, capacity;
-  float* cache;
+  uint8_t* cache;
 
-  // `cached`: the numbers of a position, kv_heads * size
-  float* keys(int64_t layer, int64_t cached) const { return cache + 2 * layer * cached * capacity; }
-  float* values(int64_t layer, int64_t cached) const { return cache + (2 * layer + 1) * cached * capacity; }
+  // `cached`: the bytes of a position, of all heads
+  uint8_t* keys(int64_t layer, int64_t cached) const { return cache + 2 * layer * cached * capacity; }
+  uint8_t* values(int64_t layer, int64_t cached) const { return cache + (2 * layer + 1) * cached * capacity; }
 };
 
-Step step_of(const int64_t* n) { return {n[0], n[1], n[2], at_address<float>(n[3])}; }
+Step step_of(const int64_t* n) { return {n[0], n[1], n[2], at_address<uint8_t>(n[3])}; }
+
+// Numbers into a cache.
+void keep(CacheType type, const float* numbers, int64_t count, uint8_t* to) {
+  if (type == kCacheFp32) {
+    std::memcpy(to, numbers, 4 * count);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t number = fp32_to_bf16(numbers[i]);
+    std::memcpy(to + 2 * i, &number, 2);
+  }
+}
 
 struct Attention {
-  const InstructionSet& set;
-  int64_t heads, kv_heads, size, capacity, tokens;
-  const float *query, *keys, *values;  // (heads, size), (kv_heads, capacity, size)
+  const Attend& attend;
+  int64_t heads, kv_heads, size, tokens;
+  const float* query;            // (heads, size)
+  const uint8_t *keys, *values;  // (kv_heads, capacity, size)
+  int64_t next;                  // bytes from one of the kv_heads to the next
   float scale;
   float* out;  // (heads, size)
 
   // `mine` has room for the scores of all tokens.
   void head(int64_t index, float* mine) const {
     const int64_t group = index / (heads / kv_heads);
-    set.attention_scores(query + index * size, keys + group * capacity * size, tokens, size, scale, mine);
+    attend.scores(query + index * size, keys + group * next, tokens, size, scale, mine);
     const float largest = *std::max_element(mine, mine + tokens);
     float sum = 0;
     for (int64_t j = 0; j < tokens; ++j) sum += mine[j] = std::exp(mine[j] - largest);
     for (int64_t j = 0; j < tokens; ++j) mine[j] /= sum;
-    set.attention_values(mine, values + group * capacity * size, tokens, size, out + index * size);
+    attend.values(mine, values + group * next, tokens, size, out + index * size);
   }
 };
 
@@ -98,13 +115,15 @@ void decode(const InstructionSet& set, const int64_t* numbers, const int64_t* st
   Plan plan{numbers};
   const int64_t layers = plan.number(), hidden = plan.number(), heads = plan.number(), kv_heads = plan.number();
   const int64_t size = plan.number(), inner = plan.number(), positions = plan.number();
+  const CacheType type = static_cast<CacheType>(plan.number());
   const float *cos = plan.address<const float>(), *sin = plan.address<const float>();
   const float* settings = plan.address<const float>();  // epsilon of the norms, scale of the scores
   float* x = plan.address<float>();                     // (tokens, hidden); the rest of the memory follows
   float* logits = plan.address<float>();
   const float* last_norm = plan.address<const float>();
   const Linear embedding(plan), head(plan);
-  const int64_t mixed_size = heads * size, cached = kv_heads * size, hiddens = tokens * hidden;
+  const int64_t mixed_size = heads * size, kv_size = kv_heads * size, hiddens = tokens * hidden;
+  const int64_t head_bytes = size * bytes_of(type), cached = kv_heads * head_bytes;
   float *normed = x + hiddens, *query = normed + hiddens, *mixed = query + tokens * mixed_size;
   float *added = mixed + tokens * mixed_size, *gate = added + hiddens, *up = gate + tokens * inner;
   float* scores = up + tokens * inner;
@@ -135,25 +154,25 @@ void decode(const InstructionSet& set, const int64_t* numbers, const int64_t* st
       for (int64_t index = 0; index < heads; ++index)
         rotate(query + t * mixed_size + index * size, cos + angle, sin + angle, size);
       for (int64_t index = 0; index < kv_heads; ++index) {
-        float *key = gate + t * cached + index * size, *value = up + t * cached + index * size;
+        float *key = gate + t * kv_size + index * size, *value = up + t * kv_size + index * size;
         rotate(key, cos + angle, sin + angle, size);
-        const int64_t place = index * mine.capacity * size + angle;
-        std::copy_n(key, size, mine.keys(layer, cached) + place);
-        std::copy_n(value, size, mine.values(layer, cached) + place);
+        const int64_t place = (index * mine.capacity + mine.position) * head_bytes;
+        keep(type, key, size, mine.keys(layer, cached) + place);
+        keep(type, value, size, mine.values(layer, cached) + place);
       }
     }
     for_each(sharers, tokens * heads, [&](int64_t index) {
       const int64_t t = index / heads;
       const Step mine = step(static_cast<int>(t));
-      const Attention attention{set,
+      const Attention attention{set.attend[type],
                                 heads,
                                 kv_heads,
                                 size,
-                                mine.capacity,
                                 mine.position + 1,
                                 query + t * mixed_size,
                                 mine.keys(layer, cached),
                                 mine.values(layer, cached),
+                                mine.capacity * head_bytes,
                                 settings[1],
                                 mixed + t * mixed_size};
       attention.head(index % heads, scores + index * positions);

@@ -94,6 +94,15 @@ struct Integer {
 
 struct Tiles;  // tiles.h
 
+// What the keys and values of a sequence are stored in.
+enum CacheType : int { kCacheFp32 = 0, kCacheBf16 = 1, kCacheTypes = 2 };
+
+// A query of `size` floats against n keys, and the sum of n values; see attention.h.
+struct Attend {
+  void (*scores)(const float* query, const void* keys, int64_t n, int64_t size, float scale, float* scores);
+  void (*values)(const float* weights, const void* values, int64_t n, int64_t size, float* out);
+};
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
@@ -109,8 +118,7 @@ struct InstructionSet {
   // As numbers.h rounds; null where that is what is used. May read and write kSlack bytes past the end.
   void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);
   const Integer* integer;
-  void (*attention_scores)(const float* query, const float* keys, int64_t n, int64_t size, float scale, float* scores);
-  void (*attention_values)(const float* weights, const float* values, int64_t n, int64_t size, float* out);
+  const Attend* attend;  // by CacheType
   const Tiles* tiles;  // for products of many tokens in bf16; null for none
 };
 

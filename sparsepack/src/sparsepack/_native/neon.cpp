@@ -1,5 +1,6 @@
 // NEON (every 64-bit ARM): eight columns at a time through a table of byte shuffles.
 #include "kernels.h"
+#include "numbers.h"
 
 #ifdef SPARSELLM_NEON
 #include <arm_neon.h>
@@ -18,6 +19,7 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return vdupq_n_f32(0); }
 inline Vector load(const float* from) { return vld1q_f32(from); }
+inline Vector load(const uint16_t* bf16) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(bf16), 16)); }
 inline void store(float* to, Vector v) { vst1q_f32(to, v); }
 inline Vector all(float number) { return vdupq_n_f32(number); }
 inline Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
@@ -119,8 +121,7 @@ constexpr InstructionSet with(const char* name, bool (*supported)(), const Integ
       int8_to_fp32,
       nullptr,
       integer,
-      attention_scores,
-      attention_values,
+      kAttend,
       nullptr,
   };
 }

@@ -122,6 +122,7 @@ using Vector = float;
 constexpr int kLanes = 1;
 inline Vector zero() { return 0; }
 inline Vector load(const float* from) { return *from; }
+inline Vector load(const uint16_t* from) { return bf16_to_fp32(*from); }
 inline void store(float* to, Vector v) { *to = v; }
 inline Vector all(float number) { return number; }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
@@ -142,8 +143,7 @@ const InstructionSet kScalar = {
     int8_to_fp32,
     nullptr,
     &kIntegerScalar,
-    attention_scores,
-    attention_values,
+    kAttend,
     nullptr,
 };
 

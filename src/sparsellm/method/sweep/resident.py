@@ -1,7 +1,7 @@
 """The resident sweep: all blocks in memory at once, those of one process or divided over several.
 
 A step runs copies of the blocks as one module, forward and backward, so each block runs once and not twice as in the
-streamed sweep. Several processes, and one that offloads them, hold them by torch's fully sharded data parallelism
+streamed sweep. Several processes hold them by torch's fully sharded data parallelism
 (:func:`torch.distributed.fsdp.fully_shard`, arXiv 2304.11277): each holds some rows of every parameter, of its gradient
 and its moments, gathers the rest while a block runs, and gets the sum of all gradients of its rows. Each process runs
 its own windows of a step. Embedding, norm and head are not trained, and every process has them whole.
@@ -16,16 +16,9 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -84,10 +77,10 @@ class Resident(Weights):
         if self.way.narrow:
             self.dtype = torch.bfloat16
         self._parameters: dict[str, nn.Parameter] = {}
+        self._mesh = None
+        if self.way.sharded:
+            self._mesh = init_device_mesh(self.chain.device.type, (parallel.size(),))
         with contextlib.ExitStack() as opened:
-            self._mesh = None
-            if self.way.sharded:
-                self._mesh = self._divided(opened)
             if self.chain.device.type == "cpu":
                 opened.enter_context(machine.keeping_freed())
             self._blocks = self._load()
@@ -101,20 +94,6 @@ class Resident(Weights):
                 parameters, moments = saved
                 self.replace(index, parameters, moments)
         self.keep_saved()
-
-    def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
-        """A mesh of all processes, in one dimension. A process that works alone gets a mesh of itself."""
-        if not dist.is_initialized():
-            dist.init_process_group(
-                parallel.backend(), store=HashStore(), rank=0, world_size=1
-            )
-            opened.callback(dist.destroy_process_group)
-        if parallel.size() < dist.get_world_size():  # parallel.alone()
-            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-            assert isinstance(group, dist.ProcessGroup), "this process is in it"
-            opened.callback(dist.destroy_process_group, group)
-            return DeviceMesh.from_group(group, self.chain.device.type)
-        return init_device_mesh(self.chain.device.type, (parallel.size(),))
 
     def _load(self) -> _Blocks:
         """Copies of all blocks with the pruned weights in fp32; a parameter of several blocks is one in all of them."""
@@ -158,10 +137,6 @@ class Resident(Weights):
     def _shard(
         self, module: nn.Module, ignored: set[nn.Parameter] | None = None
     ) -> None:
-        policy = OffloadPolicy()
-        if self.way.offloads:
-            on_gpu = self.chain.device.type == "cuda"
-            policy = CPUOffloadPolicy(on_gpu and machine.pinned(1) is not None)
         sharded = fully_shard(
             module,
             mesh=self._mesh,
@@ -169,7 +144,6 @@ class Resident(Weights):
             mp_policy=MixedPrecisionPolicy(
                 self.dtype, torch.float32, cast_forward_inputs=False
             ),
-            offload_policy=policy,
             ignored_params=ignored,
         )
         # Gradients of a mean over the tokens of all processes are added up.

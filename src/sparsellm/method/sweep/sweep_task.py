@@ -36,7 +36,6 @@ class Residence:
     sharded: bool = False  # each process has some rows of every parameter, not all
     narrow: bool = False  # blocks run in bf16, on copies of the fp32 parameters
     recomputes: bool = False  # a block runs again in the backward pass, so its activations are not kept
-    offloads: bool = False  # parameters are in the memory of the machine while their block does not run
 
 
 @dataclass(frozen=True)

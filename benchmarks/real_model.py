@@ -1,0 +1,196 @@
+"""A GGUF file made smaller by llama.cpp and by sparsellm, at the same bytes of the whole file.
+
+    pip install llama-cpp-py-sync
+    python benchmarks/real_model.py model.gguf --theirs Q3_K_M Q2_K --texts prose.txt code.txt --out folder
+
+Each of llama.cpp's mixtures is made with importance from the same windows that `compress` calibrates on. `compress` is
+asked for the bytes of that file. Every file is read again and measured on each text, next to the model that both were
+made from. Files stay in ``--out``; rows are appended to ``real-model.csv`` there. One that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from forms import importance_matrix, quantised_gguf
+from measure import code_version, cpu_name
+from torch import Tensor
+
+import sparsellm
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.model.open import load_tokenizer
+from sparsellm.text.windows import calibration_windows
+
+ARCHITECTURE = gguf.MODEL_ARCH.QWEN2
+FIELDS = [
+    "code",
+    "model",
+    "size of",
+    "made by",
+    "bytes",
+    "wall seconds",
+    "CPU seconds",
+    "peak MB",
+    "text",
+    "tokens",
+    "kl",
+    "kl low",
+    "kl high",
+    "agreement",
+    "perplexity",
+    "dense perplexity",
+]
+
+
+def importance_by_name(asked: argparse.Namespace) -> dict[str, Tensor]:
+    """The mean squares of the inputs of each linear, by the name of its tensor in the file."""
+    directory = checkpoint_directory(str(asked.model))
+    windows = calibration_windows(
+        asked.calibration,
+        load_tokenizer(directory),
+        asked.samples,
+        asked.window,
+        seed=asked.seed,
+    )
+    found = importance_matrix(directory, windows)
+    blocks = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in found)
+    names = gguf.get_tensor_name_map(ARCHITECTURE, blocks)
+    called = {}
+    for name, values in found.items():
+        tensor = names.get_name(name, try_suffixes=(".weight",))
+        if tensor is None:
+            raise ValueError(f"llama.cpp has no name for {name}")
+        called[tensor] = values
+    return called
+
+
+def by_llama_cpp(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """Makes llama.cpp's file, unless it is there, and returns its columns."""
+    out = asked.out / f"{asked.model.stem}-{kind}.gguf"
+    began = time.perf_counter()
+    before = time.process_time()
+    if not out.is_file():
+        quantised_gguf(asked.model, kind, out, importance=importance_by_name(asked))
+    return {
+        "made by": "llama.cpp",
+        "file": out,
+        "bytes": out.stat().st_size,
+        "wall seconds": round(time.perf_counter() - began),
+        "CPU seconds": round(time.process_time() - before),
+        "peak MB": "",
+    }
+
+
+def by_sparsellm(asked: argparse.Namespace, kind: str, size: int) -> dict[str, Any]:
+    """Compresses to a size, unless the file is there, and returns the columns of the file."""
+    out = asked.out / f"{asked.model.stem}-as-{kind}.gguf"
+    columns: dict[str, Any] = {
+        "made by": "sparsellm",
+        "file": out,
+        "wall seconds": "",
+        "CPU seconds": "",
+        "peak MB": "",
+    }
+    if not out.is_file():
+        recipe = sparsellm.Recipe(
+            effort=asked.effort,
+            calibration=asked.calibration,
+            samples=asked.samples,
+            seq_len=asked.window,
+            seed=asked.seed,
+            memory=asked.memory,
+        )
+        before = time.process_time()
+        made = sparsellm.compress(
+            str(asked.model), recipe, program="llama.cpp", out=out, size=size
+        )
+        columns["CPU seconds"] = round(time.process_time() - before)
+        columns["wall seconds"] = round(sum(made.run.whole_seconds.values()))
+        columns["peak MB"] = round(made.run.peak_rss_bytes / 1e6)
+    columns["bytes"] = out.stat().st_size
+    return columns
+
+
+def measured(asked: argparse.Namespace, file: Path, text: str) -> dict[str, Any]:
+    """The columns of one file on one text."""
+    found = sparsellm.evaluate(
+        str(file),
+        text,
+        against=str(asked.model),
+        seq_len=asked.window,
+        max_tokens=asked.max_tokens,
+    )
+    against = found.against
+    assert against is not None
+    return {
+        "text": Path(text).name,
+        "tokens": asked.max_tokens,
+        "kl": round(against.kl, 6),
+        "kl low": against.kl_low and round(against.kl_low, 6),
+        "kl high": against.kl_high and round(against.kl_high, 6),
+        "agreement": round(against.agreement, 4),
+        "perplexity": round(found.value, 4),
+        "dense perplexity": round(against.perplexity.value, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a .gguf file of a Qwen2")
+    parser.add_argument("--theirs", nargs="+", default=["Q3_K_M", "Q2_K"])
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibration", default="pydoc:0.5,pycode:0.5")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--effort", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", default="5GiB")
+    asked = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    print(f"{cpu_name()}, torch {torch.__version__}, code {code_version()}")
+    table = asked.out / "real-model.csv"
+    if not table.is_file():
+        with table.open("w", newline="") as file:
+            csv.DictWriter(file, FIELDS).writeheader()
+    for kind in asked.theirs:
+        theirs = by_llama_cpp(asked, kind)
+        ours = by_sparsellm(asked, kind, theirs["bytes"])
+        for made in (theirs, ours):
+            for text in asked.texts:
+                with table.open(newline="") as file:
+                    there = [
+                        row
+                        for row in csv.DictReader(file)
+                        if row["model"] == asked.model.name
+                        and row["size of"] == kind
+                        and row["made by"] == made["made by"]
+                        and row["text"] == Path(text).name
+                    ]
+                if there:
+                    continue
+                row = {
+                    "code": code_version(),
+                    "model": asked.model.name,
+                    "size of": kind,
+                    **{name: made[name] for name in FIELDS if name in made},
+                    **measured(asked, made["file"], text),
+                }
+                with table.open("a", newline="") as file:
+                    csv.DictWriter(file, FIELDS).writerow(row)
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
