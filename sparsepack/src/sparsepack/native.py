@@ -31,7 +31,7 @@ from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
 from sparsepack.masks import mask_stride
 
-INTERFACE = 7  # what the extension takes; its sources have the same number
+INTERFACE = 8  # what the extension takes; its sources have the same number
 MAX_TOKENS = 16  # in one call; the kernels' own limit
 
 # bf16, fp16, fp32, int8, int4 in kernels.h

@@ -1,5 +1,4 @@
 // AVX-512 with VBMI2 (Ice Lake, Sapphire Rapids, Zen 4 and later): bytes and halves are spread by one expand.
-#include "kernels.h"
 #include "numbers.h"
 #include "tiles.h"
 

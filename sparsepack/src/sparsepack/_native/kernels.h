@@ -92,6 +92,8 @@ struct Integer {
   void (*starts)(const int8_t* codes, int64_t words, int unit, int32_t* out);
 };
 
+struct Tiles;  // tiles.h
+
 // What the keys and values of a sequence are stored in.
 enum CacheType : int { kCacheFp32 = 0, kCacheBf16 = 1, kCacheTypes = 2 };
 
@@ -100,8 +102,6 @@ struct Attend {
   void (*scores)(const float* query, const void* keys, int64_t n, int64_t size, float scale, float* scores);
   void (*values)(const float* weights, const void* values, int64_t n, int64_t size, float* out);
 };
-
-struct Tiles;  // tiles.h
 
 struct InstructionSet {
   const char* name;

@@ -180,7 +180,7 @@ PyObject* py_instruction_sets(PyObject*, PyObject*) {
 }
 
 // Changes whenever Python passes other numbers or types of weights; sparsepack.native has the same.
-constexpr long kInterface = 7;
+constexpr long kInterface = 8;
 
 PyObject* py_interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 
