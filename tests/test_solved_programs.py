@@ -167,8 +167,8 @@ def test_answers_that_are_there_are_not_asked_for_again(
     first["answer"] = script.with_body(tasks[0], tasks[0]["reference"])
     file.write_text(f'{json.dumps(first)}\n{{"task": "is_pal')
     few = tmp_path / "few.toml"
-    tasks = (SCRIPTS / "programs.toml").read_text()
-    few.write_text("[[task]]".join(tasks.split("[[task]]")[:4]))
+    listing = (SCRIPTS / "programs.toml").read_text()
+    few.write_text("[[task]]".join(listing.split("[[task]]")[:4]))
     served = []
 
     class Answers:
