@@ -76,18 +76,21 @@ def importance_by_name(asked: argparse.Namespace) -> dict[str, Tensor]:
 def by_llama_cpp(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Makes llama.cpp's file, unless it is there, and returns its columns."""
     out = asked.out / f"{asked.model.stem}-{kind}.gguf"
-    began = time.perf_counter()
-    before = time.process_time()
-    if not out.is_file():
-        quantised_gguf(asked.model, kind, out, importance=importance_by_name(asked))
-    return {
+    columns: dict[str, Any] = {
         "made by": "llama.cpp",
         "file": out,
-        "bytes": out.stat().st_size,
-        "wall seconds": round(time.perf_counter() - began),
-        "CPU seconds": round(time.process_time() - before),
+        "wall seconds": "",
+        "CPU seconds": "",
         "peak MB": "",
     }
+    if not out.is_file():
+        began = time.perf_counter()
+        before = time.process_time()
+        quantised_gguf(asked.model, kind, out, importance=importance_by_name(asked))
+        columns["wall seconds"] = round(time.perf_counter() - began)
+        columns["CPU seconds"] = round(time.process_time() - before)
+    columns["bytes"] = out.stat().st_size
+    return columns
 
 
 def by_sparsellm(asked: argparse.Namespace, kind: str, size: int) -> dict[str, Any]:

@@ -216,8 +216,8 @@ class Recipe(BaseModel):
     divergence: Annotated[
         Literal["Q4_K_M"] | float | None, BeforeValidator(_divergence)
     ] = None
-    """Most divergence from the dense model, in place of `bits`: nats a token, or Q4_K_M for that of this type of
-    llama.cpp. A quick pass on held-out windows before the run finds the smallest size with it."""
+    """Most divergence from the dense model, in place of `bits`: nats a token, or Q4_K_M for that of llama.cpp's
+    file of this kind. A quick pass on held-out windows before the run finds the smallest size with it."""
     program: Literal["sparsellm", "llama.cpp", "vllm"] | None = None
     """The program whose types linears get with `bits` or `divergence`: sparsellm (the packed format), llama.cpp or
     vllm."""
