@@ -39,6 +39,7 @@ from forms import (
 )
 from measure import code_version, cpu_name
 from quality import OUT
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from wikipedia import write_news, write_wikipedia
 
 import sparsellm
@@ -77,40 +78,24 @@ def run(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str, Any]]:
         **settings_of(row),
     )
     # the outputs of the dense model are kept for each text
-    settings = sparsellm.Recipe(products="float32")
-    directory = str(checkpoint_directory(asked.model))
-    rows = []
     # an interrupted run is resumed when the script starts again
     name = re.sub(r"\W", "-", f"{Path(asked.model).name} {row} {seed} {asked.effort}")
     out = OUT / f"size-{name}"
     if not out.exists():
         sparsellm.prune(asked.model, recipe, out=out)
     record = read_pruning(out)
-    for text in asked.texts:
-        measured = sparsellm.evaluate(
-            out,
-            text,
-            against=Opened(directory, settings, trust=False),
-            seq_len=asked.window,
-            max_tokens=asked.max_tokens,
-        )
-        assert measured.against is not None
-        rows.append(
-            {
-                "code": code_version(),
-                "model": asked.model,
-                "row": row,
-                "seed": seed,
-                "effort": asked.effort,
-                "bits": round(record.bits_per_weight or 0, 4),
-                "zeros": round(record.sparsity_pruned, 4),
-                "seconds": round(sum(record.whole_seconds.values())),
-                "text": Path(text).name,
-                "kl": round(measured.against.kl, 6),
-                "perplexity": round(measured.value, 3),
-                "choice": json.dumps(record.allocation),
-            }
-        )
+    rows = measured(
+        asked,
+        out,
+        {
+            "row": row,
+            "seed": seed,
+            "bits": round(record.bits_per_weight or 0, 4),
+            "zeros": round(record.sparsity_pruned, 4),
+            "seconds": round(sum(record.whole_seconds.values())),
+            "choice": json.dumps(record.allocation),
+        },
+    )
     shutil.rmtree(out)
     return rows
 
@@ -124,7 +109,6 @@ def run_theirs(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str,
     )
     linears = block_linears(open_dense(directory))
     importance_of = importance_matrix(directory, windows)
-    rows = []
     with tempfile.TemporaryDirectory(prefix="size-", dir=OUT) as folder:
         source = Path(folder) / "dense.gguf"
         parameters = write_gguf(open_dense(directory), source)
@@ -145,31 +129,51 @@ def run_theirs(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str,
     stored = sum(numbers.bytes[name] for name in inside)
     weights = sum(weight.numel() for weight in inside.values())
     model = with_numbers(directory, Numbers(inside, {}))
+    return measured(
+        asked,
+        model,
+        {
+            "row": row,
+            "seed": seed,
+            "bits": round(8 * stored / weights, 4),
+            "zeros": 0.0,
+            "seconds": round(seconds),
+            "choice": "",
+        },
+        tokenizer,
+    )
+
+
+def measured(
+    asked: argparse.Namespace,
+    model: Path | PreTrainedModel,
+    columns: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[dict[str, Any]]:
+    """The columns of a model, with its divergence and perplexity on each text."""
+    # the outputs of the dense model are kept for each text
     settings = sparsellm.Recipe(products="float32")
+    directory = str(checkpoint_directory(asked.model))
+    rows = []
     for text in asked.texts:
-        measured = sparsellm.evaluate(
+        evaluation = sparsellm.evaluate(
             model,
             text,
-            against=Opened(str(directory), settings, trust=False),
+            against=Opened(directory, settings, trust=False),
             seq_len=asked.window,
             max_tokens=asked.max_tokens,
             tokenizer=tokenizer,
         )
-        assert measured.against is not None
+        assert evaluation.against is not None
         rows.append(
             {
                 "code": code_version(),
                 "model": asked.model,
-                "row": row,
-                "seed": seed,
                 "effort": asked.effort,
-                "bits": round(8 * stored / weights, 4),
-                "zeros": 0.0,
-                "seconds": round(seconds),
+                **columns,
                 "text": Path(text).name,
-                "kl": round(measured.against.kl, 6),
-                "perplexity": round(measured.value, 3),
-                "choice": "",
+                "kl": round(evaluation.against.kl, 6),
+                "perplexity": round(evaluation.value, 3),
             }
         )
     return rows

@@ -37,7 +37,7 @@ from sparsellm.records import PRUNING, Evaluation, Pruning
 from sparsellm.report.document import REPORT, check_page, write_report
 from sparsellm.run.choice import sizes_of
 from sparsellm.run.fewer_experts import clean_up
-from sparsellm.run.form_choice import check_size, least_bytes
+from sparsellm.run.form_choice import byte_range, check_size
 from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
 from sparsellm.run.smallest_size import Q4_K_M
@@ -493,7 +493,7 @@ def _bits_within(
     RecipeError if no form is that small."""
     sizes = sizes_of(chain, recipe)
     weights = sum(size.weights for size in sizes)
-    least = least_bytes(program, [size.shape for size in sizes])
+    least, _ = byte_range(program, [size.shape for size in sizes])
     if others + least > size:
         raise RecipeError(
             f"size {_mb(size)} is too small for {program}: at least {_mb(others + least)} are possible, of which "

@@ -515,16 +515,21 @@ def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> 
     assert "".join(piece.choices[0].text for piece in pieces) == expected
 
 
+def worker_of(model: Any, *, queue: int) -> Worker:
+    """A worker that says nothing."""
+    return Worker(
+        model,
+        tiny_tokenizer(),
+        context=CONTEXT,
+        max_tokens=CONTEXT,
+        queue=queue,
+        log=lambda _: None,
+    )
+
+
 def test_a_stop_cancels_what_runs_and_refuses_what_comes(model: Any) -> None:
     async def run() -> None:
-        worker = Worker(
-            model,
-            tiny_tokenizer(),
-            context=CONTEXT,
-            max_tokens=CONTEXT,
-            queue=2,
-            log=lambda _: None,
-        )
+        worker = worker_of(model, queue=2)
         first, second, late = (Job(prompt_ids, Sampling(), LONG) for _ in range(3))
         worker.submit(first)
         await first.event()
@@ -548,14 +553,7 @@ def test_a_stop_refuses_what_waits_and_lets_finish_what_runs(model: Any) -> None
     """More jobs than run at once. One that does not stream gets its result alone."""
 
     async def run() -> None:
-        worker = Worker(
-            model,
-            tiny_tokenizer(),
-            context=CONTEXT,
-            max_tokens=CONTEXT,
-            queue=3,
-            log=lambda _: None,
-        )
+        worker = worker_of(model, queue=3)
         # four of them fill the room, which is that of four contexts
         room = CONTEXT - len(prompt_ids(tiny_tokenizer())[0])
         sampling = Sampling(ignore_eos=True)
@@ -580,14 +578,7 @@ def test_a_stop_refuses_what_waits_and_lets_finish_what_runs(model: Any) -> None
 
 def test_a_job_that_does_not_stream_gets_its_result_alone(model: Any) -> None:
     async def run() -> Any:
-        worker = Worker(
-            model,
-            tiny_tokenizer(),
-            context=CONTEXT,
-            max_tokens=CONTEXT,
-            queue=1,
-            log=lambda _: None,
-        )
+        worker = worker_of(model, queue=1)
         job = Job(prompt_ids, Sampling(), 20, streams=False)
         worker.submit(job)
         result = await job.event()
@@ -602,14 +593,7 @@ def test_a_broken_request_leaves_the_server_alive(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        worker = Worker(
-            model,
-            tiny_tokenizer(),
-            context=CONTEXT,
-            max_tokens=CONTEXT,
-            queue=2,
-            log=lambda _: None,
-        )
+        worker = worker_of(model, queue=2)
         job, next_job = (
             Job(Mock(side_effect=RuntimeError("no memory")), Sampling(), 4),
             Job(prompt_ids, Sampling(), 4),

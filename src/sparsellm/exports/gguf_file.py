@@ -97,16 +97,11 @@ def _head_type(tensor: gguf.ReaderTensor, head: str) -> gguf.GGMLQuantizationTyp
     them."""
     if head == "keep":
         return tensor.tensor_type
-    asked = gguf.GGMLQuantizationType[head.upper()]
-    if _bits(tensor.tensor_type) <= _bits(asked):
-        return tensor.tensor_type
-    return asked
-
-
-def _bits(kind: gguf.GGMLQuantizationType) -> float:
-    """Bits of a weight in a type of GGUF, with its scales."""
-    size, stored = gguf.GGML_QUANT_SIZES[kind]
-    return 8 * stored / size
+    kept = tensor.tensor_type
+    # the blocks of every type divide these many weights
+    if _bytes_as(kept.name, gguf.QK_K) <= _bytes_as(head, gguf.QK_K):
+        return kept
+    return gguf.GGMLQuantizationType[head.upper()]
 
 
 def expected_bytes(

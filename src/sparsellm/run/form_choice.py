@@ -86,22 +86,15 @@ def forms_for(program: str, columns: int) -> list[Form]:
     return [Form(name) for name in names]
 
 
-def least_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
-    """The least bytes of linears with these shapes in the forms of a program."""
-    total = 0
+def byte_range(program: str, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The bytes of linears with these shapes in the smallest and in the largest forms of a program."""
+    least = 0
+    most = 0
     for shape in shapes:
         sizes = [form_bytes(form, shape) for form in forms_for(program, shape[1])]
-        total += min(sizes, default=0)
-    return total
-
-
-def most_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
-    """The bytes of linears with these shapes in the largest forms of a program."""
-    total = 0
-    for shape in shapes:
-        sizes = [form_bytes(form, shape) for form in forms_for(program, shape[1])]
-        total += max(sizes, default=0)
-    return total
+        least += min(sizes, default=0)
+        most += max(sizes, default=0)
+    return least, most
 
 
 def check_size(chain: Chain, recipe: Recipe) -> None:
@@ -130,7 +123,7 @@ def check_size(chain: Chain, recipe: Recipe) -> None:
             )
     if recipe.bits is None:
         return
-    least = least_bytes(recipe.program, [size.shape for size in sizes])
+    least, _ = byte_range(recipe.program, [size.shape for size in sizes])
     weights = sum(size.weights for size in sizes)
     if 8 * least > recipe.bits * weights:
         raise RecipeError(
@@ -163,7 +156,9 @@ class Measured:
 def _margin(candidate: Candidate) -> float:
     """What the divergence of a candidate is multiplied by before candidates are compared."""
     sparse = any(form.sparsity for form in candidate.forms.values())
-    return RUN_GAINS if sparse and candidate.name != BY_LINEAR else 1.0
+    if sparse and candidate.name != BY_LINEAR:
+        return RUN_GAINS
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -272,9 +267,10 @@ def _smallest_size(
     goal = recipe.divergence
     weights = sum(size.weights for size in sizes)
     shapes = [size.shape for size in sizes]
-    least = 8 * least_bytes(recipe.program, shapes) / weights
-    most = 8 * most_bytes(recipe.program, shapes) / weights
-    candidates = [by_linear(most)]
+    least, most = byte_range(recipe.program, shapes)
+    fewest_bits = 8 * least / weights
+    most_bits = 8 * most / weights
+    candidates = [by_linear(most_bits)]
     if goal == Q4_K_M:
         candidates.append(Candidate(Q4_K_M, q4_k_m(sizes), compensated=False))
     first = divergences(judging, measured, candidates)
@@ -291,7 +287,7 @@ def _smallest_size(
     def divergences_at(tried: Sequence[float]) -> list[float]:
         return divergences(judging, measured, [by_linear(bits) for bits in tried])
 
-    return smallest(least, most, goal, divergences_at), known
+    return smallest(fewest_bits, most_bits, goal, divergences_at), known
 
 
 def measure(
