@@ -111,6 +111,35 @@ def test_a_run_says_what_it_needs_and_what_comes_next(
     assert "no text was named" not in stderr
 
 
+def test_each_command_ends_with_the_one_that_comes_next(
+    llama: Path, tmp_path: Path, run: Any
+) -> None:
+    """With the paths of its user, quoted; the commands that are ours run as they are printed."""
+    pruned = tmp_path / "a b"
+    packed = tmp_path / "c d"
+    dense = tmp_path / "e"
+    run("prune", llama, "--out", pruned, *SMALL, exits=0)
+    measured = ("--text", "pydoc", "--seq-len", 32, "--max-tokens", 64)
+    lines = {
+        ("plan", llama, *SMALL): f"start it:  sparsellm prune {llama}",
+        ("inspect", llama): f"make it smaller:  sparsellm compress {llama}",
+        ("inspect", pruned): f"measure it:  sparsellm eval '{pruned}' --text pydoc",
+        ("eval", pruned, *measured): f"see it all:  sparsellm report '{pruned}'",
+        ("report", pruned): f"share it:  hf upload OWNER/NAME '{pruned}'",
+        ("pack", pruned, "--out", packed): f"run it:  sparsellm serve '{packed}'",
+        ("export", packed, "--to", "transformers", "--out", dense): (
+            f"measure it:  sparsellm eval {dense} --text pydoc"
+        ),
+        ("bench", packed, "--new-tokens", 2, "--prompt-tokens", 4, "--repeats", 1): (
+            f"run it:  sparsellm serve '{packed}'"
+        ),
+    }
+    for command, next_line in lines.items():
+        _, stdout, _ = run(*command, exits=0)
+        last = stdout.splitlines()[-1]
+        assert last.startswith(next_line), (command, last)
+
+
 def test_one_command_prunes_packs_measures_and_reports(
     llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -487,6 +487,10 @@ def plan(model: str, json: bool, **options: Any) -> Printed:
         console.write_json(prediction.model_dump(mode="json"))
     else:
         tables.print_prediction(prediction)
+        here = "gpu" not in options and options.get("ranks", 1) == 1
+        if here and not prediction.notes:
+            start = interrupts.command_line().replace(" plan ", " prune ", 1)
+            console.say(f"start it:  {start} --out OUT", unbroken=True)
     if prediction.notes:
         raise MemoryBudgetError(
             f"{'; '.join(prediction.notes)}; allow more with --memory, or lower --seq-len or batch_tokens"
@@ -570,7 +574,15 @@ def evaluate(
         **result.model_dump(mode="json"),
         "results": saved and str(saved),
     }
-    return content, lambda: tables.print_evaluation(result, saved)
+
+    def show() -> None:
+        tables.print_evaluation(result, saved)
+        if saved is not None:
+            tables.say_next("see it all", "sparsellm report {}", place)
+        elif result.against is None:
+            tables.say_next("make it smaller", "sparsellm compress {}", model)
+
+    return content, show
 
 
 @_command(
@@ -625,6 +637,10 @@ def inspect(model: str, all: bool, trust_remote_code: bool) -> Printed:
         else:
             tables.print_kinds(matrices, pattern)
         tables.print_mixtures(mixtures, len(blocks))
+        if total.zeros:
+            tables.say_next("measure it", "sparsellm eval {} --text pydoc", model)
+        else:
+            tables.say_next("make it smaller", "sparsellm compress {}", model)
 
     return content, show
 
@@ -645,7 +661,7 @@ def inspect(model: str, all: bool, trust_remote_code: bool) -> Printed:
 )
 def report(directories: list[str], out: Path | None = None) -> Printed:
     """Write the report of a pruned checkpoint, or compare several, as one HTML file that loads nothing."""
-    from sparsellm.app import console
+    from sparsellm.app import console, tables
     from sparsellm.report.comparison import write_comparison
     from sparsellm.report.document import write_report
 
@@ -657,7 +673,13 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
         raise RecipeError(
             f"{len(directories)} runs need a file for the comparison; give --out compare.html"
         )
-    return None, lambda: console.say(f"written to {path}")
+
+    def show() -> None:
+        console.say(f"written to {path}")
+        if len(directories) == 1:
+            tables.say_next("share it", "hf upload OWNER/NAME {}", directories[0])
+
+    return None, show
 
 
 @_command(
@@ -868,7 +890,7 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
 def _unpack(directory: str, progress: Any, options: dict[str, Any]) -> Printed:
     """Writes a packed checkpoint as an ordinary dense one."""
     from sparsellm import convert
-    from sparsellm.app import console
+    from sparsellm.app import console, tables
 
     del options["to"]
     if options.pop("head") != "keep" or {"like", "converter"} & options.keys():
@@ -877,8 +899,13 @@ def _unpack(directory: str, progress: Any, options: dict[str, Any]) -> Printed:
         )
     result = convert.unpack(directory, progress=progress, **options)
     content = {"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes}
-    line = f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, written to {result.path}"
-    return content, lambda: console.say(line)
+
+    def show() -> None:
+        size = result.checkpoint_bytes / 1e6
+        console.say(f"weight files: {size:.1f} MB, written to {result.path}")
+        tables.say_next("measure it", "sparsellm eval {} --text pydoc", result.path)
+
+    return content, show
 
 
 @_command(
@@ -934,6 +961,8 @@ def generate(
         show("\n")
         if not quiet:
             console.say(speed, error=True)
+            words = f"sparsellm serve {shlex.quote(model)}"
+            console.say(f"serve it:  {words}", error=True, unbroken=True)
 
     return result.to_dict(), end
 
@@ -1085,10 +1114,16 @@ def bench(
         **options,
     )
     saved = keep(measured)
-    return {
+    content = {
         **measured.model_dump(),
         "results": saved and str(saved),
-    }, lambda: tables.print_speeds(measured, saved)
+    }
+
+    def show() -> None:
+        tables.print_speeds(measured, saved)
+        tables.say_next("run it", "sparsellm serve {}", model)
+
+    return content, show
 
 
 @_command(

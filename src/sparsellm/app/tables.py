@@ -131,6 +131,12 @@ def print_prediction(prediction: Prediction) -> None:
         say(f"note: {note}")
 
 
+def say_next(what: str, command: str, path: object) -> None:
+    """Prints the command that comes next, in one piece on a narrow terminal too; ``path`` replaces its {}."""
+    words = command.format(shlex.quote(str(path)))
+    say(f"{what}:  {words}", unbroken=True)
+
+
 def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     """Prints the two commands that come next for a pruned checkpoint: one measures it, one packs or exports it."""
     name = shlex.quote(str(out))
@@ -342,6 +348,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     ):
         if path is not None:
             say(f"{name}: {path}")
+    say_next("talk to it", "sparsellm chat {}", result.packed_path)
 
 
 def _megabytes(size: int | None) -> str:
@@ -453,6 +460,7 @@ def print_packed(result: PackResult) -> None:
         f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, {head}"
     )
     say(f"written to {result.path}")
+    say_next("run it", "sparsellm serve {}", result.path)
 
 
 def print_exported(result: ExportResult, saved: Path | None) -> None:
@@ -476,6 +484,8 @@ def print_exported(result: ExportResult, saved: Path | None) -> None:
     say(f"written to {result.path}")
     if saved is not None:
         say(f"recorded in {saved}; its card names it, and so does `sparsellm report`")
+    start = "llama-server -m {}" if record.to == "gguf" else "vllm serve {}"
+    say_next("run it", start, result.path)
 
 
 def print_evaluation(result: Evaluation, saved: Path | None) -> None:
@@ -523,6 +533,8 @@ def print_comparison(result: Comparison, *, limited: bool) -> None:
         say(
             f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed"
         )
+        packed = f"{result.out / result.recommended}-packed"
+        say_next("run it", "sparsellm serve {}", packed)
     elif limited:
         say("no run is as small as --max-bytes; allow more, or add a sparsity")
     if result.page is not None:
