@@ -181,6 +181,18 @@ def test_types_of_gguf_are_read_again_and_better_than_nearest(
         assert not bool(result.weight[2].any())
 
 
+@pytest.mark.parametrize("name", ["iq4_xs", "q3_k", "q6_k"])
+def test_small_units_are_read_again(name: str) -> None:
+    """Units that fp16 stores in few digits; curvature that differs much by column moves the scales of parts."""
+    generator = torch.Generator().manual_seed(0)
+    costs = torch.rand(512, generator=generator) ** 8 + 1e-4
+    for exponent in range(-14, -7):
+        drawn = torch.randn(128, 512, generator=generator)
+        weight = (drawn * 2.0**exponent).bfloat16().float()
+        stored = rounding.to_nearest(weight, costs, name, torch.bfloat16)
+        codes_of(stored.bfloat16(), GRIDS[name], "a")
+
+
 @pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "w8a16", "w8a8"])
 @pytest.mark.parametrize(("largest", "most"), [(1e-5, 4.0), (1e-4, 1.1)])
 def test_small_weights_do_not_become_nothing(

@@ -234,11 +234,15 @@ class _Grid:
         lowest = groups.levels.lowest
         first = scales_of(self.first * lowest, groups, self.dtype)
         units, steps = split(first, grid)
-        fixed = steps == grid.lowest_scale  # from which the unit is read
+        # From the widest part the unit is read. It is the lowest scale, unless a small unit was rounded up in fp16.
+        # Then no other part may become wider.
+        widest = steps.abs().amax(dim=1, keepdim=True)
+        fixed = steps.abs() == widest
         least = torch.full_like(extreme, math.inf)
         best = first
         for fraction in FRACTIONS:
             tried = in_units((extreme * fraction / lowest).view_as(steps), units, grid)
+            tried = tried.clamp(-widest, widest)
             tried = torch.where(fixed, steps, tried).mul_(units).view_as(first)
             error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
