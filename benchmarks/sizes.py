@@ -77,7 +77,6 @@ def run(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str, Any]]:
         options={"solver": asked.solver},
         **settings_of(row),
     )
-    # the outputs of the dense model are kept for each text
     # an interrupted run is resumed when the script starts again
     name = re.sub(r"\W", "-", f"{Path(asked.model).name} {row} {seed} {asked.effort}")
     out = OUT / f"size-{name}"

@@ -114,7 +114,7 @@ def test_a_run_says_what_it_needs_and_what_comes_next(
 def test_each_command_ends_with_the_one_that_comes_next(
     llama: Path, tmp_path: Path, run: Any
 ) -> None:
-    """With the paths of its user, quoted; the commands that are ours run as they are printed."""
+    """With the paths of its user, quoted. A plan by a config alone has none, since prune needs the weights."""
     pruned = tmp_path / "a b"
     packed = tmp_path / "c d"
     dense = tmp_path / "e"
@@ -138,6 +138,8 @@ def test_each_command_ends_with_the_one_that_comes_next(
         _, stdout, _ = run(*command, exits=0)
         last = stdout.splitlines()[-1]
         assert last.startswith(next_line), (command, last)
+    _, stdout, _ = run("plan", llama / "config.json", *SMALL, exits=0)
+    assert "start it:" not in stdout
 
 
 def test_one_command_prunes_packs_measures_and_reports(

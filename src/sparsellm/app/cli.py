@@ -488,7 +488,9 @@ def plan(model: str, json: bool, **options: Any) -> Printed:
     else:
         tables.print_prediction(prediction)
         here = "gpu" not in options and options.get("ranks", 1) == 1
-        if here and not prediction.notes:
+        # prune takes no config alone
+        startable = here and Path(model).suffix != ".json"
+        if startable and not prediction.notes:
             start = interrupts.command_line().replace(" plan ", " prune ", 1)
             console.say(f"start it:  {start} --out OUT", unbroken=True)
     if prediction.notes:
@@ -932,7 +934,7 @@ def generate(
     model: str, prompt: str, quiet: bool, json: bool, **options: Any
 ) -> Printed:
     """Continue PROMPT, token by token, and print the speed."""
-    from sparsellm.app import console
+    from sparsellm.app import console, tables
     from sparsellm.serving.prompts import open_model
     from sparsepack.generation import Sampling
     from sparsepack.generation import generate as continue_prompt
@@ -961,8 +963,7 @@ def generate(
         show("\n")
         if not quiet:
             console.say(speed, error=True)
-            words = f"sparsellm serve {shlex.quote(model)}"
-            console.say(f"serve it:  {words}", error=True, unbroken=True)
+            tables.say_next("serve it", "sparsellm serve {}", model, error=True)
 
     return result.to_dict(), end
 

@@ -131,10 +131,11 @@ def print_prediction(prediction: Prediction) -> None:
         say(f"note: {note}")
 
 
-def say_next(what: str, command: str, path: object) -> None:
-    """Prints the command that comes next, in one piece on a narrow terminal too; ``path`` replaces its {}."""
+def say_next(what: str, command: str, path: object, *, error: bool = False) -> None:
+    """Prints the command that comes next, in one piece on a narrow terminal too; ``path`` replaces its {}, and
+    ``error`` is that of ``say``."""
     words = command.format(shlex.quote(str(path)))
-    say(f"{what}:  {words}", unbroken=True)
+    say(f"{what}:  {words}", error=error, unbroken=True)
 
 
 def print_next(out: Path, recipe: Recipe, dense: str) -> None:
@@ -464,7 +465,9 @@ def print_packed(result: PackResult) -> None:
 
 
 def print_exported(result: ExportResult, saved: Path | None) -> None:
-    """Prints the size of an export, what its zeros cost there, and where it runs."""
+    """Prints the size of an export, what its zeros cost there, where it runs, and the command that starts it."""
+    from sparsellm.programs import PROGRAMS
+
     record = result.record
     if result.sparsity:
         packed = result.packed_bytes
@@ -484,8 +487,8 @@ def print_exported(result: ExportResult, saved: Path | None) -> None:
     say(f"written to {result.path}")
     if saved is not None:
         say(f"recorded in {saved}; its card names it, and so does `sparsellm report`")
-    start = "llama-server -m {}" if record.to == "gguf" else "vllm serve {}"
-    say_next("run it", start, result.path)
+    program = PROGRAMS["llama.cpp" if record.to == "gguf" else "vllm"]
+    say_next("run it", program.starts, result.path)
 
 
 def print_evaluation(result: Evaluation, saved: Path | None) -> None:
@@ -530,15 +533,14 @@ def print_comparison(result: Comparison, *, limited: bool) -> None:
         say(f"tok/s: dense by the same decoder; {eager:.1f} as transformers runs it")
     say(f"least KL at each size, smallest first: {', '.join(result.best_at_each_size)}")
     if result.recommended is not None:
-        say(
-            f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed"
-        )
         packed = f"{result.out / result.recommended}-packed"
-        say_next("run it", "sparsellm serve {}", packed)
+        say(f"recommended: {result.recommended}, packed in {packed}")
     elif limited:
         say("no run is as small as --max-bytes; allow more, or add a sparsity")
     if result.page is not None:
         say(f"compared in {result.page}")
+    if result.recommended is not None:
+        say_next("run it", "sparsellm serve {}", packed)
 
 
 def _compared(result: Comparison, *, timed: bool, without: Sequence[str]) -> Table:

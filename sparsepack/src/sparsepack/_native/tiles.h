@@ -1,7 +1,7 @@
 // Products of many tokens: sixteen rows of a weight are decoded to bf16 and used for all tokens while they are in the
 // cache. A tile is 1 KB. One of weights has sixteen rows of thirty-two columns; one of activations has sixteen pairs of
-// columns of sixteen tokens, the two of a pair next to each other. A decoder writes the sixty-four columns of a mask word into two
-// tiles in the order that costs it least, and activations are laid out in the same order.
+// columns of sixteen tokens, the two of a pair next to each other. A decoder writes the sixty-four columns of a mask
+// word into two tiles in the order that costs it least, and activations are laid out in the same order.
 #pragma once
 
 #include "kernels.h"
@@ -18,7 +18,8 @@ struct TileRow {
   const uint8_t* values;  // kSlack readable bytes follow the last one
   int64_t words;
   int64_t count;          // of values, for int4
-  const float* scales;    // of columns: one for each kShared << shift of them, and one more that is 0; null if rows have them
+  // one for each kShared << shift columns, and one more that is 0; null if the scales are those of rows
+  const float* scales;
   int shift;
   const int8_t* levels;
   uint8_t* memory;        // for int4: `count` bytes and kSlack more
