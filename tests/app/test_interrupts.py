@@ -289,3 +289,30 @@ def test_standard_output_on_a_full_disk_is_one_line() -> None:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     said = "error: standard output is on a full disk; make room, or write elsewhere\n"
     assert (result.returncode, result.stderr) == (2, said)
+
+
+@pytest.mark.parametrize("flushed", [True, False])
+def test_a_full_disk_is_seen_whether_or_not_the_command_flushes(flushed: bool) -> None:
+    lines = [
+        "import sys",
+        "from sparsellm.app import process",
+        f"process.run(lambda: print('result', flush={flushed}))",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "error: standard output is on a full disk; make room, or write elsewhere\n"
+    assert (result.returncode, result.stderr) == (2, said)
+
+
+def test_a_reader_of_stdout_that_is_gone_is_no_traceback() -> None:
+    lines = [
+        "from sparsellm.app import process",
+        "process.run(lambda: print('result'))",
+    ]
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (result.returncode, result.stderr) == (1, "")

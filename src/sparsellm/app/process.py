@@ -64,12 +64,11 @@ def run(command: Callable[[], Any]) -> None:
     code = _exit_code(command)
     if count() > 1:
         _leave_the_others(code)
-    for stream in (
-        (sys.stderr, sys.stdout) if interrupts.received() is not None else (sys.stderr,)
-    ):
+    # Python flushes both when it ends, and a failure there would change the exit code.
+    for stream in (sys.stderr, sys.stdout):
         try:
             stream.flush()
-        except OSError:  # the terminal or pipe is closed; the last flush must not change the exit code
+        except OSError:  # the terminal or pipe is closed, or the disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code:
         sys.exit(code)
@@ -114,7 +113,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
                 processes.enter_context(parallel.session())
             command()
-        return 0
+        return _flushed()
     except (interrupts.Interrupted, KeyboardInterrupt, typer.Abort):
         return _interrupted(interrupts.received() or signal.SIGINT)
     except Exception as error:
@@ -130,6 +129,15 @@ def _exit_code(command: Callable[[], Any]) -> int:
         _say_why(f"unexpected {type(error).__name__}")
         traceback.print_exc()
         return 1
+
+
+def _flushed() -> int:
+    """Writes what is still buffered for stdout, which can find a full disk too; 1 if the reader of stdout is gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return 1
+    return 0
 
 
 def _message(error: Exception) -> str | None:
