@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
@@ -113,13 +114,16 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
                 processes.enter_context(parallel.session())
             command()
-        return _flushed()
+            sys.stdout.flush()  # what is still buffered can find a full disk too
+        return 0
     except (interrupts.Interrupted, KeyboardInterrupt, typer.Abort):
         return _interrupted(interrupts.received() or signal.SIGINT)
     except Exception as error:
         # it has ended another process, for example
         if (signum := interrupts.received()) is not None:
             return _interrupted(signum)
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 1
         if (message := _message(error)) is not None:
             if message:  # empty if the help was shown instead
                 _say_why(f"error: {message}")
@@ -131,13 +135,11 @@ def _exit_code(command: Callable[[], Any]) -> int:
         return 1
 
 
-def _flushed() -> int:
-    """Writes what is still buffered for stdout, which can find a full disk too; 1 if the reader of stdout is gone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return 1
-    return 0
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe whose other end is closed."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def _message(error: Exception) -> str | None:
