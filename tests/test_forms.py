@@ -150,8 +150,12 @@ def test_a_linear_without_a_form_is_named() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"bits": 4.0}, "bits and program go together"),
-        ({"program": "vllm"}, "bits and program go together"),
+        ({"bits": 4.0}, "and program go together"),
+        ({"program": "vllm"}, "and program go together"),
+        ({"size": 10**6}, "and program go together"),
+        ({"size": 10**6, "program": "vllm"}, "size 1000000 is of llama.cpp's types"),
+        ({"size": 0, "program": "llama.cpp"}, "size"),
+        ({"size": 9, "bits": 4.0, "program": "llama.cpp"}, "bits 4 and size 9"),
         ({"values": "mixed"}, "values mixed comes from a size"),
         ({"bits": 4.0, "program": "vllm", "sparsity": 0.5}, "sparsity 0.5 says other"),
         ({"bits": 4.0, "program": "vllm", "grid": "w8a8"}, "grid w8a8 says otherwise"),

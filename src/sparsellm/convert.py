@@ -28,6 +28,7 @@ from sparsellm.files.writer import CheckpointWriter, TensorSource, joined, writt
 from sparsellm.inputs import read_object
 from sparsellm.model import Chain, open_chain
 from sparsellm.model.experts import ExpertLinear
+from sparsellm.model.heads import heads_of
 from sparsellm.model.structure import LinearView
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
@@ -323,21 +324,6 @@ def _named(key: str) -> Iterator[None]:
         yield
     except PackError as error:
         raise NumericalError(f"{key}: {error}") from None
-
-
-def heads_of(chain: Chain) -> Iterator[tuple[nn.Module, str]]:
-    """Embedding and output head, with the name that each weight has in the checkpoint. One that the model does not
-    have, or that is stored as the other, is left out."""
-    names = {id(module): name for name, module in chain.model.named_modules()}
-    seen = set()
-    for module in (
-        chain.model.get_input_embeddings(),
-        chain.model.get_output_embeddings(),
-    ):
-        key = chain.key_of.get(f"{names.get(id(module))}.weight")
-        if key is not None and key not in seen:
-            seen.add(key)
-            yield module, key
 
 
 def _has_int8(module: nn.Module, key: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue
 
 from sparsellm import api, interrupts
 from sparsellm.arguments import Checkpoint, Out, PathGiven, RecipeGiven, checked
-from sparsellm.convert import head_bytes, heads_of, pack
+from sparsellm.convert import head_bytes, pack
 from sparsellm.errors import RecipeError, shown
 from sparsellm.exports.door import MAKE_TEMPLATE, export
 from sparsellm.exports.gguf_file import check_file, expected_bytes, other_bytes
@@ -31,6 +31,7 @@ from sparsellm.files.named import is_gguf
 from sparsellm.files.resolve import checkpoint_directory, config_place
 from sparsellm.inputs import parse_bytes
 from sparsellm.model import Chain, open_chain
+from sparsellm.model.heads import heads_of, outer_matrices
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning
@@ -38,6 +39,7 @@ from sparsellm.report.document import REPORT, check_page, write_report
 from sparsellm.run.choice import sizes_of
 from sparsellm.run.fewer_experts import clean_up
 from sparsellm.run.form_choice import byte_range, check_size
+from sparsellm.run.head_forms import least_bytes
 from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
 from sparsellm.run.smallest_size import Q4_K_M
@@ -263,6 +265,7 @@ class ChosenForms:
         bits: bits of a weight, on average, with scales and masks.
         candidates: name, bits and quickly measured divergence of what was compared, in nats a token.
         chosen: the name of the candidate that was taken.
+        heads: the types of embedding and head by tensor; empty if they stay.
     """
 
     values: dict[str, str]
@@ -270,6 +273,7 @@ class ChosenForms:
     bits: float
     candidates: list[dict[str, JsonValue]]
     chosen: str
+    heads: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values."""
@@ -294,6 +298,7 @@ def choose_forms(order: Order, progress: ProgressCallback) -> ChosenForms:
         bits=float(str(taken[0]["bits"])),
         candidates=[x for x in candidates if isinstance(x, dict)],
         chosen=chosen,
+        heads={key: form.values for key, form in targets.heads.items()},
     )
 
 
@@ -346,14 +351,25 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
         if script is not None:
             # refuses a model that it does not convert, before the work
             metadata = metadata_bytes(script, source)
+        room = None
         if asked is not None:
             linears = _keys(chain, settled)
             if program == "llama.cpp":
-                others = _other_bytes_of_gguf(chain, linears, template, metadata)
+                heads = _heads_in(chain, template)
+                others = _other_bytes_of_gguf(
+                    chain, linears | heads, template, metadata
+                )
             else:
+                heads = set()
                 others = _other_bytes(program, chain, linears, source)
-            bits = _bits_within(asked, program, chain, settled, others)
-        settled = settled.updated(bits=bits, divergence=divergence, program=program)
+            room = asked - others
+            _check_room(asked, program, chain, settled, others, sized_heads=bool(heads))
+            if not heads:
+                bits = _bits_within(room, chain, settled)
+                room = None
+        settled = settled.updated(
+            bits=bits, size=room, divergence=divergence, program=program
+        )
         check_size(chain, settled)
     request = Request(str(model), settled, pruned, overwrite=overwrite, restart=restart)
     return Order(
@@ -486,20 +502,53 @@ def _other_bytes(
     return others
 
 
-def _bits_within(
-    size: int, program: ProgramName, chain: Chain, recipe: Recipe, others: int
-) -> float:
-    """Bits of a weight of the linears to prune that leave room for all else, ``others``, in ``size`` bytes. Raises
-    RecipeError if no form is that small."""
-    sizes = sizes_of(chain, recipe)
-    weights = sum(size.weights for size in sizes)
-    least, _ = byte_range(program, [size.shape for size in sizes])
-    if others + least > size:
-        raise RecipeError(
-            f"size {_mb(size)} is too small for {program}: at least {_mb(others + least)} are possible, of which "
-            f"{_mb(others)} are embedding, head and all else but the linears"
-        )
-    return min(MOST_BITS, 8 * (size - others) / weights)
+def _heads_in(chain: Chain, template: Path | None) -> set[str]:
+    """The tensors of embedding and head, if a GGUF file can have them in other types: it has both, as wide as the
+    checkpoint's."""
+    assert chain.reader is not None
+    heads = {key for _, key in heads_of(chain)}
+    if template is None:
+        return heads
+    opened = Template(template)
+    columns = {x.name: int(x.shape[0]) for x in opened.reader.tensors}
+    there = set()
+    for name, keys in opened.keys_of(list(chain.reader)).items():
+        for key in keys:
+            if columns.get(name) == chain.reader.shape(key)[-1]:
+                there.add(key)
+    known = all(there.intersection(matrix.keys) for matrix in outer_matrices(chain))
+    return heads if known else set()
+
+
+def _check_room(
+    size: int,
+    program: ProgramName,
+    chain: Chain,
+    recipe: Recipe,
+    others: int,
+    *,
+    sized_heads: bool,
+) -> None:
+    """Raises RecipeError if no forms leave room for all else, ``others``, in ``size`` bytes. Where ``sized_heads``,
+    embedding and head have forms too."""
+    least, _ = byte_range(program, [x.shape for x in sizes_of(chain, recipe)])
+    if sized_heads:
+        least += least_bytes(chain)
+    if others + least <= size:
+        return
+    what = "embedding, head and all else but the linears"
+    if sized_heads:
+        what = "all else but linears, embedding and head"
+    raise RecipeError(
+        f"size {_mb(size)} is too small for {program}: at least {_mb(others + least)} are possible, of which "
+        f"{_mb(others)} are {what}"
+    )
+
+
+def _bits_within(room: int, chain: Chain, recipe: Recipe) -> float:
+    """Bits of a weight of the linears to prune, in ``room`` bytes."""
+    weights = sum(size.weights for size in sizes_of(chain, recipe))
+    return min(MOST_BITS, 8 * room / weights)
 
 
 def bytes_of(place: Path) -> int:

@@ -213,6 +213,9 @@ class Recipe(BaseModel):
     bits: Annotated[float | None, Field(gt=0, le=16)] = None
     """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every
     linear gets a type and a sparsity of its own; this implies values mixed, and no sparsity is given."""
+    size: Annotated[int | None, Field(gt=0)] = None
+    """Most bytes of the pruned linears, embedding and output head together, in place of `bits`: all get types of
+    llama.cpp, which alone has this. The checkpoint must be on disk."""
     divergence: Annotated[
         Literal["Q4_K_M"] | float | None, BeforeValidator(_divergence)
     ] = None
@@ -382,16 +385,25 @@ class Recipe(BaseModel):
 
     def _size_decides(self) -> None:
         """Sets what a size and its program imply, and refuses what they leave no choice of."""
-        if self.bits is not None and self.divergence is not None:
-            raise RecipeError("bits and divergence both decide the size; give one")
-        size = f"divergence {self.divergence}"
+        sizes = []
         if self.bits is not None:
-            size = f"bits {self.bits:g}"
-        sized = self.bits is not None or self.divergence is not None
+            sizes.append(f"bits {self.bits:g}")
+        if self.size is not None:
+            sizes.append(f"size {self.size}")
+        if self.divergence is not None:
+            sizes.append(f"divergence {self.divergence}")
+        if len(sizes) > 1:
+            raise RecipeError(
+                f"{' and '.join(sizes)} all decide how small the model is; give one"
+            )
+        sized = bool(sizes)
         if sized != (self.program is not None):
             raise RecipeError(
-                "bits and program go together, as do divergence and program; give both "
-                "or none"
+                "a size (bits, size or divergence) and program go together; give both or none"
+            )
+        if self.size is not None and self.program != "llama.cpp":
+            raise RecipeError(
+                f"size {self.size} is of llama.cpp's types, and program is {self.program}; give bits"
             )
         if not sized:
             if self.values == "mixed":
@@ -399,6 +411,7 @@ class Recipe(BaseModel):
                     "values mixed comes from a size; give bits and program"
                 )
             return
+        size = sizes[0]
         implied = {
             "values": "mixed",
             # where threshold's gradients are taken; only the packed format gains by zeros

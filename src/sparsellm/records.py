@@ -316,6 +316,8 @@ class RunRecord(Record):
     environment: dict[str, str] = {}
     command: str = ""
     warnings: list[str] = []
+    # the types of embedding and head by tensor; empty if they stay as they are
+    heads: dict[str, str] = {}
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
     held_out: HeldOut | None = (

@@ -114,8 +114,11 @@ def test_a_divergence_that_no_form_has_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"divergence": 0.1}, "divergence and program; give both"),
-        ({"divergence": 0.1, "bits": 4.0, "program": "vllm"}, "both decide the size"),
+        ({"divergence": 0.1}, "and program go together; give both"),
+        (
+            {"divergence": 0.1, "bits": 4.0, "program": "vllm"},
+            "bits 4 and divergence 0.1 all decide",
+        ),
         ({"divergence": "Q5_K_M", "program": "vllm"}, "give Q4_K_M, or nats"),
         ({"divergence": -0.1, "program": "vllm"}, "divergence -0.1 is unknown"),
         ({"divergence": 0.1, "program": "vllm", "grid": "w8a8"}, "divergence 0.1 cho"),

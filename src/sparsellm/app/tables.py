@@ -374,7 +374,15 @@ def print_chosen(chosen: ChosenForms) -> None:
     say("bits of a value, block after block:")
     for line in bars_of_bits(chosen.values):
         say(line, unbroken=True)
+    _print_heads(chosen.heads)
     _print_candidates(chosen.candidates, chosen.chosen)
+
+
+def _print_heads(heads: Mapping[str, str]) -> None:
+    """Prints the types of embedding and head, if they were chosen."""
+    if heads:
+        said = ", ".join(f"{key} {values}" for key, values in heads.items())
+        say(f"embedding and head: {said}")
 
 
 def bars_of_bits(values: Mapping[str, str]) -> list[str]:
@@ -426,6 +434,7 @@ def print_compressed(result: CompressResult) -> None:
     say(f"{result.path}: {about(result.bytes)}{of_dense}{asked}")
     say(result.run.in_short)
     report = result.run.allocation
+    _print_heads(result.run.heads)
     candidates = report.get("candidates")
     if isinstance(candidates, list):
         known = [x for x in candidates if isinstance(x, dict)]

@@ -73,7 +73,7 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
 def other_bytes(
     template: Template, reader: CheckpointReader, linears: Collection[str], head: str
 ) -> int:
-    """Bytes of a GGUF file of a checkpoint without the linears, which are tensors of the ``reader``: its keys, and all
+    """Bytes of a GGUF file of a checkpoint without ``linears``, which are tensors of the ``reader``: its keys, and all
     other tensors of the template, with embedding and head as ``head``, or in the template's type if that is smaller."""
     keys = template.keys_of(list(reader))
     total = int(template.reader.data_offset)
@@ -231,6 +231,8 @@ class Contents:
             if source.shape(key) != reader.shape(key):
                 raise self._not_pruned_from(f"has {key} {list(source.shape(key))}")
         known = {key for keys in self.keys.values() for key in keys}
+        # a tied head that is stored a second time is rounded like the embedding
+        known |= model.run.heads.keys()
         for key in sorted({*reader} - known):
             if key in model.linears or not self._same(key):
                 # which the file would lose
@@ -296,11 +298,15 @@ class Contents:
         kind = self.type_of(tensor)
         if self._is_linear(tensor):
             parts = [self.model.codes(key) for key in keys]
+            codes = torch.cat([numbers for numbers, _ in parts])
+            scales = torch.cat([scales for _, scales in parts])
+            if tensor.name in _HEAD:
+                # no converter moves these rows; some leave out the last, which stand for no token
+                rows = int(tensor.shape[1])
+                return to_blocks(codes[:rows], scales[:rows], self._grid(tensor))
             order = self._order(tensor, 0.0)
             if order is None:
                 raise self._other(f"has {tensor.name} with other rows than {keys[0]}")
-            codes = torch.cat([numbers for numbers, _ in parts])
-            scales = torch.cat([scales for _, scales in parts])
             return to_blocks(codes[order], scales[order], self._grid(tensor))
         if not all(map(self._same, keys)):
             return _stored(tensor.name, self._trained(tensor), kind)

@@ -46,9 +46,10 @@ class OnGrid:
 
     chain: Chain  # the checkpoint, read block by block
     run: Pruning  # its ``pruning.json``
-    # names of pruned linears in the model, by the tensors that have their weights
+    # names of pruned linears in the model, by the tensors that have their weights; those of embedding and head too,
+    # if the run rounded them
     linears: dict[str, str]
-    grids: dict[str, Grid]  # those of pruned linears, by the same tensors
+    grids: dict[str, Grid]  # by the same tensors
     transposed: frozenset[str]  # tensors of linears that are stored as ``(in, out)``
 
     @property
@@ -118,6 +119,14 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
             )
         linears[key] = linear.name
         on[key] = GRIDS[run.values_of(linear)]
+    assert chain.reader is not None
+    for key, values in run.heads.items():
+        if key not in chain.reader or values not in GRIDS:
+            raise StorageError(
+                f"{directory / PRUNING}: {shown(key)} is no tensor on the grid {shown(values)}; {PUT_BACK}"
+            )
+        linears[key] = key
+        on[key] = GRIDS[values]
     transposed = frozenset(
         chain.key_of[view.weight_name] for view in views.values() if view.transposed
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import RecipeError
-from sparsellm.method.allocation import Allocation, LinearSize, Survey
+from sparsellm.method.allocation import Allocation, HeadForm, LinearSize, Survey
 from sparsellm.method.allocation.forms import (
     Form,
     Table,
@@ -41,6 +41,15 @@ from sparsellm.progress import PhaseClock, Progress
 from sparsellm.recipe import NOTIONAL, Recipe
 from sparsellm.records import Settings
 from sparsellm.run.choice import Choice, sizes_of
+from sparsellm.run.head_forms import (
+    HeadTable,
+    best_heads,
+    between_sizes,
+    least_bytes,
+    measure_heads,
+    some_sizes,
+    with_rest,
+)
 from sparsellm.run.smallest_size import Q4_K_M, q4_k_m, smallest
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS, grid_for
@@ -63,6 +72,7 @@ RUN_GAINS = 0.75
 GRAM_TOKENS = 4096
 JUDGES = 1  # windows on which candidates are compared
 BY_LINEAR = "by linear"
+BY_COST = "by cost"
 
 Zeros = Callable[[float], Mapping[str, float]]
 """The sparsity of each linear by its name, from that of all."""
@@ -121,9 +131,20 @@ def check_size(chain: Chain, recipe: Recipe) -> None:
                 f"{size.name} has {size.shape[1]} inputs, for which {recipe.program} has no form; leave it out "
                 "(exclude)"
             )
+    least, _ = byte_range(recipe.program, [size.shape for size in sizes])
+    if recipe.size is not None:
+        if chain.reader is None:
+            raise RecipeError(
+                f"size {recipe.size} counts embedding and head, which are rounded in a checkpoint; give the model by "
+                "its directory"
+            )
+        least += least_bytes(chain)
+        if least > recipe.size:
+            raise RecipeError(
+                f"size {recipe.size} is too few bytes for {recipe.program}; at least {least} are possible"
+            )
     if recipe.bits is None:
         return
-    least, _ = byte_range(recipe.program, [size.shape for size in sizes])
     weights = sum(size.weights for size in sizes)
     if 8 * least > recipe.bits * weights:
         raise RecipeError(
@@ -201,32 +222,52 @@ def choose_forms(
     with clock.phase("measure"):
         measured = measure(observed, sizes, gradients.output_squares, program)
     tables = tables_of(sizes, measured)
-    units = units_of(sizes, measured.groups, program)
-    sparsities = zeros(NOTIONAL)
-    weights_of = {size.name: size.weights for size in sizes}
-
-    def by_linear(bits: float) -> Candidate:
-        total = bits * weights / 8
-        budgets = bytes_of_threshold(weights_of, sparsities, total)
-        return Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
-
+    mixtures = Mixtures(
+        tables,
+        units_of(sizes, measured.groups, program),
+        sparsities=zeros(NOTIONAL),
+        weights={size.name: size.weights for size in sizes},
+    )
     judging = replace(feed, windows=judges)
     compared: list[Settings] = []
+    heads: dict[str, HeadForm] = {}
+    tables_of_heads: list[HeadTable] = []
     bits = recipe.bits
-    if bits is None:
+    if recipe.size is not None:
+        with clock.phase("heads"):
+            tables_of_heads = measure_heads(judging)
+            heads, room = _heads(
+                tables_of_heads,
+                judging,
+                sizes,
+                measured,
+                mixtures.by_linear,
+                recipe.size,
+            )
+        bits = 8 * room / weights
+    elif bits is None:
         with clock.phase("size"):
-            bits, known = _smallest_size(judging, sizes, measured, by_linear, recipe)
+            bits, known = _smallest_size(
+                judging, sizes, measured, mixtures.by_linear, recipe
+            )
         compared += known
     total = bits * weights / 8
-    candidates = [by_linear(bits), *uniform_forms(sizes, tables, zeros, total)]
+    candidates = [
+        mixtures.by_linear(bits),
+        *uniform_forms(sizes, tables, zeros, total),
+    ]
+    if program == LLAMA_CPP:
+        candidates.append(mixtures.by_cost(bits))
     with clock.phase("compare"):
         divergence_of = divergences(judging, measured, candidates)
     best = min(
         range(len(candidates)),
         key=lambda number: divergence_of[number] * _margin(candidates[number]),
     )
-    for candidate, divergence in zip(candidates, divergence_of, strict=True):
-        compared.append(_compared(candidate, sizes, divergence))
+    compared += [
+        _compared(candidate, sizes, divergence)
+        for candidate, divergence in zip(candidates, divergence_of, strict=True)
+    ]
     report: Settings = {
         "program": program,
         "bits": bits,
@@ -234,12 +275,57 @@ def choose_forms(
         "candidates": [*compared],
         "seconds": {name: round(took, 1) for name, took in clock.seconds.items()},
     }
+    if heads:
+        unused = math.floor(total) - candidates[best].bytes(sizes)
+        heads = with_rest(heads, tables_of_heads, unused)
+        report["heads"] = {key: form.values for key, form in heads.items()}
     forms = candidates[best].forms
     return Allocation(
         {size.name: round(forms[size.name].sparsity * size.weights) for size in sizes},
         report,
         {size.name: forms[size.name].values for size in sizes},
+        heads,
     )
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """Mixtures of forms by linear, at any size. All mappings are by the name of a linear."""
+
+    tables: Mapping[str, Table]
+    units: Sequence[Sequence[str]]  # linears that must have one form
+    sparsities: Mapping[str, float]  # by `threshold`, at a notional sparsity of all
+    weights: Mapping[str, int]
+
+    def by_linear(self, bits: float) -> Candidate:
+        """Each linear gets the bytes that `threshold` gives it."""
+        total = bits * sum(self.weights.values()) / 8
+        budgets = bytes_of_threshold(self.weights, self.sparsities, total)
+        return Candidate(BY_LINEAR, _by_unit(self.units, self.tables, budgets, total))
+
+    def by_cost(self, bits: float) -> Candidate:
+        """From the smallest forms on, bytes go where they save most of the predicted loss. This is better where a form
+        loses nothing for some linears, as that in which a file had them."""
+        total = bits * sum(self.weights.values()) / 8
+        least = dict.fromkeys(self.weights, 0.0)
+        return Candidate(BY_COST, _by_unit(self.units, self.tables, least, total))
+
+
+def _heads(
+    tables: Sequence[HeadTable],
+    judging: Feed,
+    sizes: Sequence[LinearSize],
+    measured: Measured,
+    by_linear: Callable[[float], Candidate],
+    room: int,
+) -> tuple[dict[str, HeadForm], int]:
+    """The forms of embedding and head, and the bytes that they leave of ``room`` for the linears."""
+    weights = sum(size.weights for size in sizes)
+    least, most = byte_range(LLAMA_CPP, [size.shape for size in sizes])
+    tried = some_sizes(tables, room, least)
+    candidates = [by_linear(8 * min(size, most) / weights) for size in tried]
+    divergence_of = divergences(judging, measured, candidates)
+    return best_heads(tables, room, between_sizes(tried, divergence_of, least))
 
 
 def _compared(

@@ -108,6 +108,7 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
         )
         measured = Measured(
             allocation=targets.report,
+            heads={key: form.values for key, form in targets.heads.items()},
             linears=linears,
             sweeps=sweeps,
             held_out=quality,
@@ -127,7 +128,15 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
         )
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(
-            partial(save, request, models, result, journal.writer, progress)
+            partial(
+                save,
+                request,
+                models,
+                result,
+                heads=targets.heads,
+                writer=journal.writer,
+                progress=progress,
+            )
         )
     return result
 

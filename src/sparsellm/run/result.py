@@ -113,6 +113,7 @@ class Measured:
     """What survey, walk and sweep did."""
 
     allocation: dict[str, JsonValue]  # the report of the allocation; empty for uniform
+    heads: dict[str, str]  # types of embedding and head by tensor
     linears: list[LinearResult]
     sweeps: list[SweepPass]  # the divergence from the dense model after each pass
     held_out: HeldOut | None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm import machine, parallel
 from sparsellm.errors import SparseLLMError, one_line
-from sparsellm.files.writer import CheckpointWriter
+from sparsellm.files.writer import CheckpointWriter, TensorSource
 from sparsellm.inputs import without_folders
+from sparsellm.method.allocation import HeadForm
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback
 from sparsellm.records import Base
 from sparsellm.report.card import CARD, base_of, card_text
@@ -28,6 +30,7 @@ from sparsellm.run.counts import (
 from sparsellm.run.decided import Decided
 from sparsellm.run.estimate import checkpoint_bytes
 from sparsellm.run.fewer_experts import RemovalRecord
+from sparsellm.run.head_forms import as_written
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import Models, save_companions
 from sparsellm.run.request import Request
@@ -113,6 +116,7 @@ def result_of(
         sweeps=measured.sweeps,
         held_out=measured.held_out,
         allocation=measured.allocation,
+        heads=measured.heads,
         processes=parallel.size(),
         dense=dense,
         base=base_of_run(request, models, decided.identity.model),
@@ -126,6 +130,8 @@ def save(
     request: Request,
     models: Models,
     result: PruneResult,
+    *,
+    heads: Mapping[str, HeadForm],
     writer: CheckpointWriter | None,
     progress: ProgressCallback,
 ) -> None:
@@ -134,7 +140,10 @@ def save(
         return
     progress(Progress("save", 0, 1))
     chain = models.chain
-    writer.write_shard(len(chain), chain.outer_tensors())
+    outer = chain.outer_tensors()
+    for key, form in heads.items():
+        outer[key] = replace(outer[key], read=partial(_rounded, outer[key], form))
+    writer.write_shard(len(chain), outer)
     if models.directory is not None:
         writer.copy_companions(models.directory)
     else:  # the model was given as an object
@@ -153,3 +162,8 @@ def save(
         later = f"afterwards `sparsellm report {shlex.quote(str(writer.work.out))}` writes it"
         progress(Progress(NOTE, 1, 1, f"{REPORT} was not written: {reason}; {later}"))
     writer.finish()
+
+
+def _rounded(source: TensorSource, form: HeadForm) -> Tensor:
+    """Embedding or head in its form."""
+    return as_written(source.read(), form)

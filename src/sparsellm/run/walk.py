@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsellm import machine, parallel
 from sparsellm.errors import RecipeError
 from sparsellm.files.reader import CheckpointReader
-from sparsellm.method.allocation import Allocation, LinearSize, Survey
+from sparsellm.method.allocation import Allocation, HeadForm, LinearSize, Survey
 from sparsellm.method.allocation.allocator import divide_zeros
 from sparsellm.method.blocks import BlockTask
 from sparsellm.method.sweep.gradients import (
@@ -47,6 +47,7 @@ class Targets:
     # E[g_i²] of its outputs; empty if the method needs none
     costs: dict[str, Tensor]
     report: dict[str, JsonValue]  # that of the allocation; empty for uniform zeros
+    heads: dict[str, HeadForm]  # of embedding and head by tensor; empty if they stay
 
 
 def survey(
@@ -95,10 +96,12 @@ def survey(
     patterns = patterns_of(models.chain, decided.recipe, allocation)
     values = dict.fromkeys(patterns, decided.recipe.rounding)
     report: dict[str, JsonValue] = {}
+    heads: dict[str, HeadForm] = {}
     if allocation is not None:
+        heads = allocation.heads
         values = allocation.values or values
         report = {**allocation.report, "name": choice.allocator.name}
-    return Targets(patterns, values, costs=costs or {}, report=report)
+    return Targets(patterns, values, costs=costs or {}, report=report, heads=heads)
 
 
 def _allocate(

@@ -20,13 +20,23 @@ _DIGITS = 10**6
 
 
 @dataclass(frozen=True)
+class HeadForm:
+    """The type of embedding or head, and what an error in each of its columns costs while it is rounded."""
+
+    values: str
+    squares: list[float]
+
+
+@dataclass(frozen=True)
 class Allocation:
     """The number of zeros of each linear by its name, and JSON values that explain the choice to the user. ``values``
-    is what the values of each linear are rounded to, by its name; it is empty if the recipe says that for all."""
+    is what the values of each linear are rounded to, by its name; it is empty if the recipe says that for all.
+    ``heads`` are the forms of embedding and head, by their tensors; it is empty where they stay as they are."""
 
     zeros: dict[str, int]
     report: Settings = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, HeadForm] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -1,0 +1,310 @@
+"""The types of embedding and output head in a file of llama.cpp, which compete with the linears for bytes.
+
+Each is measured in every type: the divergence of the dense model with this one matrix rounded. What both leave of the
+size is for the linears, whose divergence at a few sizes is known. Divergences of small errors add up, so the pair of
+types is taken whose sum is least.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsellm.method.allocation import HeadForm
+from sparsellm.method.allocation.forms import Form, form_bytes, hull
+from sparsellm.method.solvers.rounding import to_nearest
+from sparsellm.method.sweep.head import HEAD_TOKENS, divergence_from, through_head
+from sparsellm.model import Chain, Feed, Stream
+from sparsellm.model.heads import OuterMatrix, outer_matrices
+from sparsellm.progress import Progress
+from sparsepack.grids import GRIDS, grid_for
+
+# Every output of a head reads the same few dimensions, and an error there changes all logits.
+LEAST_BITS_OF_HEAD: Final = 4.0
+ROWS = 8192  # of a matrix that are rounded at a time
+DIGITS = 4  # of the squares that a run keeps
+POINTS = 3  # sizes at which the divergence of linears is measured
+
+
+def types_of(matrix: OuterMatrix) -> list[str]:
+    """The types of llama.cpp that a matrix may get, each once: some stand for others where 256 does not divide a
+    row."""
+    columns = matrix.shape[1]
+    names: list[str] = []
+    for grid in GRIDS.values():
+        if grid.form != "gguf":
+            continue
+        there = grid_for(grid.name, columns)
+        fits = columns % (there.columns or columns) == 0
+        few = matrix.is_head and there.bits_per_weight(columns) < LEAST_BITS_OF_HEAD
+        # iq4_nl loses less than q4_0 at its bytes
+        if fits and not few and there.name not in ("q4_0", *names):
+            names.append(there.name)
+    return names
+
+
+def least_bytes(chain: Chain) -> int:
+    """The bytes of embedding and head in their smallest types."""
+    return sum(
+        min(form_bytes(Form(name), matrix.shape) for name in types_of(matrix))
+        for matrix in outer_matrices(chain)
+    )
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """A matrix in its types, those on the hull of bytes and divergence alone."""
+
+    keys: tuple[str, ...]
+    squares: tuple[float, ...]  # of the inputs of its columns
+    values: list[str]
+    bytes: list[int]
+    divergences: list[float]
+
+
+@torch.no_grad()
+def measure_heads(judges: Feed) -> list[HeadTable]:
+    """The divergence of the dense model, in nats a token, with embedding or head in each of its types. The model is
+    not changed by a bit."""
+    chain = judges.chain
+    matrices = outer_matrices(chain)
+    with contextlib.ExitStack() as held:
+        dense = judges.stream()
+        held.callback(dense.close)
+        streams: dict[str, Stream] = {}
+        for matrix in matrices:
+            if not matrix.is_head:
+                streams = _with_embedding(judges, matrix, held)
+        for index in range(len(chain)):
+            said = f"block {index + 1}/{len(chain)} measuring the embedding"
+            judges.progress(Progress("allocation", index, len(chain), said))
+            with chain.block(index, judges.blocks):
+                for stream in (dense, *streams.values()):
+                    stream.advance(index)
+        tables = []
+        with chain.outer():
+            for matrix in matrices:
+                if not matrix.is_head:
+                    squares = torch.ones(matrix.shape[1])
+                    lost = {
+                        name: _divergence(judges, dense, stream)
+                        for name, stream in streams.items()
+                    }
+                else:
+                    squares = _squares_before(matrix.module, judges, dense)
+                    lost = _with_head(judges, matrix, dense, squares)
+                tables.append(_table(matrix, squares, lost))
+        return tables
+
+
+def _with_embedding(
+    judges: Feed, matrix: OuterMatrix, held: contextlib.ExitStack
+) -> dict[str, Stream]:
+    """A stream for each type of the embedding; only rows that the windows read are rounded."""
+    chain = judges.chain
+    rows = judges.windows.unique().to(chain.device)
+    ones = torch.ones(matrix.shape[1], device=chain.device)
+    dtype = chain.stored_dtype(_name_of(chain, matrix))
+    streams = {}
+    for name in types_of(matrix):
+        with (
+            chain.outer(head=False),
+            chain.block(0, judges.blocks),
+            _replaced(matrix.module, rows) as weight,
+        ):
+            weight[rows] = rounded_rows(weight[rows], name, ones, dtype).to(weight)
+            streams[name] = Stream(judges, pieces=0)
+        held.callback(streams[name].close)
+    return streams
+
+
+def _with_head(
+    judges: Feed, matrix: OuterMatrix, dense: Stream, squares: Tensor
+) -> dict[str, float]:
+    """The divergence with each type of the head, whose outer weights are loaded."""
+    chain = judges.chain
+    dtype = chain.stored_dtype(_name_of(chain, matrix))
+    # before the head changes
+    goals = [chain.finish(hidden, ids) for ids, hidden in _parts(judges, dense)]
+    every = torch.arange(matrix.shape[0], device=chain.device)
+    lost = {}
+    for name in types_of(matrix):
+        with _replaced(matrix.module, every) as weight:
+            weight.copy_(rounded_rows(weight, name, squares, dtype))
+            total = 0.0
+            for goal, (ids, hidden) in zip(goals, _parts(judges, dense), strict=True):
+                target = goal.float().log_softmax(-1)
+                logits = chain.finish(hidden, ids).float().log_softmax(-1)
+                total += float((target.exp() * (target - logits)).sum())
+            lost[name] = total / judges.windows.numel()
+    return lost
+
+
+def _name_of(chain: Chain, matrix: OuterMatrix) -> str:
+    """The name of a matrix in the model."""
+    names: dict[str, str] = {key: name for name, key in chain.key_of.items()}
+    return names[matrix.keys[0]]
+
+
+def _batches(judges: Feed, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and hidden states behind the last block, batch by batch."""
+    start = 0
+    for hidden in stream.hidden:
+        ids = judges.windows[start : start + len(hidden)]
+        start += len(hidden)
+        yield ids.to(judges.chain.device), hidden
+
+
+def _parts(judges: Feed, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same, a few positions at a time, whose logits fit in memory."""
+    for ids, hidden in _batches(judges, stream):
+        step = max(1, HEAD_TOKENS // len(ids))
+        yield from zip(ids.split(step, dim=1), hidden.split(step, dim=1), strict=True)
+
+
+def _divergence(judges: Feed, dense: Stream, stream: Stream) -> float:
+    """The divergence of a stream behind the last block from the dense one, in nats a token."""
+    total = 0.0
+    pairs = zip(_batches(judges, dense), stream.hidden, strict=True)
+    for (ids, goal), hidden in pairs:
+        loss = divergence_from(judges.chain, goal, ids)
+        lost, _ = through_head(judges.chain, hidden, ids, loss, gradient=False)
+        total += lost
+    return total / judges.windows.numel()
+
+
+def _squares_before(head: nn.Module, judges: Feed, dense: Stream) -> Tensor:
+    """The mean squares of what the head reads, ``(width,)``, with few digits, as a run keeps them."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].detach().float().square().flatten(0, -2).mean(0))
+
+    handle = head.register_forward_pre_hook(see)
+    try:
+        for ids, hidden in _parts(judges, dense):
+            judges.chain.finish(hidden, ids)
+    finally:
+        handle.remove()
+    squares = torch.stack(seen).mean(0)
+    kept = [float(f"{value:.{DIGITS}g}") for value in squares.tolist()]
+    return torch.tensor(kept, device=squares.device)
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, rows: Tensor) -> Iterator[Tensor]:
+    """The weight of a module, whose ``rows`` are put back when the context ends."""
+    parameter = module.weight
+    assert isinstance(parameter, Tensor)
+    weight = parameter.data
+    before = weight[rows].clone()
+    try:
+        yield weight
+    finally:
+        weight[rows] = before
+
+
+def _table(
+    matrix: OuterMatrix, squares: Tensor, lost: Mapping[str, float]
+) -> HeadTable:
+    """The types of a matrix that are on the hull."""
+    names = list(lost)
+    sizes = [form_bytes(Form(name), matrix.shape) for name in names]
+    divergences = list(lost.values())
+    corners = hull(sizes, divergences)
+    return HeadTable(
+        keys=matrix.keys,
+        squares=tuple(squares.tolist()),
+        values=[names[place] for place in corners],
+        bytes=[sizes[place] for place in corners],
+        divergences=[divergences[place] for place in corners],
+    )
+
+
+def best_heads(
+    tables: Sequence[HeadTable], room: int, divergence_of: Callable[[int], float]
+) -> tuple[dict[str, HeadForm], int]:
+    """The form of each tensor, and the bytes that they leave of ``room`` for linears, whose divergence at these bytes
+    is ``divergence_of``; infinite where no forms are that small."""
+    best: tuple[float, int, tuple[int, ...]] | None = None
+    for places in itertools.product(*[range(len(table.values)) for table in tables]):
+        pairs = list(zip(tables, places, strict=True))
+        left = room - sum(table.bytes[place] for table, place in pairs)
+        own = math.fsum(table.divergences[place] for table, place in pairs)
+        total = own + divergence_of(left)
+        if best is None or total < best[0]:
+            best = (total, left, places)
+    assert best is not None
+    forms: dict[str, HeadForm] = {}
+    for table, place in zip(tables, best[2], strict=True):
+        form = HeadForm(table.values[place], list(table.squares))
+        forms |= dict.fromkeys(table.keys, form)
+    return forms, best[1]
+
+
+def with_rest(
+    forms: Mapping[str, HeadForm], tables: Sequence[HeadTable], rest: int
+) -> dict[str, HeadForm]:
+    """The forms with larger ones where ``rest`` bytes that the linears left have room for them."""
+    larger = dict(forms)
+    for table in tables:
+        now = table.values.index(forms[table.keys[0]].values)
+        for place in range(len(table.values) - 1, now, -1):
+            more = table.bytes[place] - table.bytes[now]
+            if more <= rest:
+                form = HeadForm(table.values[place], list(table.squares))
+                larger |= dict.fromkeys(table.keys, form)
+                rest -= more
+                break
+    return larger
+
+
+def between_sizes(
+    sizes: Sequence[float], divergences: Sequence[float], least: int
+) -> Callable[[int], float]:
+    """The divergence of linears at any bytes: its logarithm is interpolated between ``sizes``, which ascend."""
+    logarithms = np.log(np.maximum(divergences, 1e-9))
+
+    def divergence_of(size: int) -> float:
+        if size < least:
+            return math.inf
+        return float(np.exp(np.interp(size, sizes, logarithms)))
+
+    return divergence_of
+
+
+def some_sizes(tables: Collection[HeadTable], room: int, least: int) -> list[float]:
+    """Bytes of linears at which their divergence is measured, ascending: from those beside the largest types of
+    embedding and head to those beside the smallest."""
+    most = float(room - sum(min(table.bytes) for table in tables))
+    low = max(least, room - sum(max(table.bytes) for table in tables))
+    if low >= most:
+        return [most]
+    return [*np.linspace(low, most, POINTS)]
+
+
+def rounded_rows(
+    weight: Tensor, values: str, squares: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """A matrix ``(rows, columns)`` rounded to nearest in a type of llama.cpp, in ``dtype``, with scales that have the
+    least error where one in column j costs ``squares_j``."""
+    rounded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    costs = squares.to(weight.device)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        rounded[rows] = to_nearest(weight[rows].float(), costs, values, dtype)
+    return rounded
+
+
+def as_written(weight: Tensor, form: HeadForm) -> Tensor:
+    """A tensor of embedding or head in the form that was chosen, in its own dtype."""
+    squares = torch.tensor(form.squares)
+    return rounded_rows(weight, form.values, squares, weight.dtype)
