@@ -186,7 +186,7 @@ def _squares_before(head: nn.Module, judges: Feed, dense: Stream) -> Tensor:
     seen: list[Tensor] = []
 
     def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0].detach().float().square().flatten(0, -2).mean(0))
+        seen.append(inputs[0].detach().float().square().flatten(0, -2).sum(0))
 
     handle = head.register_forward_pre_hook(see)
     try:
@@ -194,7 +194,7 @@ def _squares_before(head: nn.Module, judges: Feed, dense: Stream) -> Tensor:
             judges.chain.finish(hidden, ids)
     finally:
         handle.remove()
-    squares = torch.stack(seen).mean(0)
+    squares = torch.stack(seen).sum(0) / judges.windows.numel()
     kept = [float(f"{value:.{DIGITS}g}") for value in squares.tolist()]
     return torch.tensor(kept, device=squares.device)
 
