@@ -29,8 +29,8 @@ from sparsepack.grids import GRIDS, grid_for
 
 # Every output of a head reads the same few dimensions, and an error there changes all logits.
 LEAST_BITS_OF_HEAD: Final = 4.0
-ROWS = 8192  # of a matrix that are rounded at a time
-DIGITS = 4  # of the squares that a run keeps
+ROWS = 8192  # rounded at a time
+DIGITS = 4  # that a run keeps of each square
 POINTS = 3  # sizes at which the divergence of linears is measured
 
 
@@ -64,7 +64,7 @@ class HeadTable:
     """A matrix in its types, those on the hull of bytes and divergence alone."""
 
     keys: tuple[str, ...]
-    squares: tuple[float, ...]  # of the inputs of its columns
+    squares: tuple[float, ...]  # mean square of each column's inputs
     values: list[str]
     bytes: list[int]
     divergences: list[float]
@@ -238,8 +238,8 @@ def best_heads(
     for places in itertools.product(*[range(len(table.values)) for table in tables]):
         pairs = list(zip(tables, places, strict=True))
         left = room - sum(table.bytes[place] for table, place in pairs)
-        own = math.fsum(table.divergences[place] for table, place in pairs)
-        total = own + divergence_of(left)
+        of_heads = math.fsum(table.divergences[place] for table, place in pairs)
+        total = of_heads + divergence_of(left)
         if best is None or total < best[0]:
             best = (total, left, places)
     assert best is not None

@@ -47,7 +47,7 @@ class Targets:
     # E[g_i²] of its outputs; empty if the method needs none
     costs: dict[str, Tensor]
     report: dict[str, JsonValue]  # that of the allocation; empty for uniform zeros
-    heads: dict[str, HeadForm]  # of embedding and head by tensor; empty if they stay
+    heads: dict[str, HeadForm]  # by tensor of embedding and head; empty if they stay
 
 
 def survey(
