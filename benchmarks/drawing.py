@@ -83,10 +83,10 @@ def marker(x: float, y: float, style: Marker) -> str:
     return f'<polygon points="{path}" stroke-width="1.6" {paint}/>'
 
 
-def polyline(line: Line) -> str:
-    """The line along our own best points."""
+def polyline(line: Line, color: str = "--ours") -> str:
+    """A line through points, such as our own best ones."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
-    return f'<polyline points="{path}" fill="none" stroke="var(--ours)" stroke-width="2.5"/>'
+    return f'<polyline points="{path}" fill="none" stroke="var({color})" stroke-width="2.5"/>'
 
 
 def lower_left(points: list[Point]) -> list[Point]:

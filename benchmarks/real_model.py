@@ -1,17 +1,22 @@
 """A GGUF file made smaller by llama.cpp and by sparsellm, at the same bytes of the whole file.
 
     pip install llama-cpp-py-sync
-    python benchmarks/real_model.py model.gguf --theirs Q3_K_M Q2_K --texts prose.txt code.txt --out folder
+    python benchmarks/real_model.py model.gguf --theirs Q8_0 Q4_K_M Q2_K --ours Q4_K_M Q2_K --texts prose.txt code.txt \
+        --out folder
+    python benchmarks/real_model.py model.gguf --bf16 ...     # both start from a copy in bf16, which it makes
 
 Each of llama.cpp's mixtures is made with importance from the same windows that `compress` calibrates on. `compress` is
-asked for the bytes of that file. Every file is read again and measured on each text, next to the model that both were
-made from. Files stay in ``--out``; rows are appended to ``real-model.csv`` there. One that is there is not made again.
+asked for the bytes of that file. A file in few bits favours llama.cpp, which copies types that its mixture shares:
+`--bf16` gives both the same numbers in bf16. Every file is read again and measured on each text, next to the model that
+both were made from. Files stay in ``--out``; rows are appended to ``real-model.csv`` there. One that is there is not
+made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import time
 from pathlib import Path
@@ -28,11 +33,11 @@ from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
 from sparsellm.text.windows import calibration_windows
 
-ARCHITECTURE = gguf.MODEL_ARCH.QWEN2
 FIELDS = [
     "code",
     "model",
     "size of",
+    "seed",
     "made by",
     "bytes",
     "wall seconds",
@@ -63,7 +68,13 @@ def importance_by_name(asked: argparse.Namespace) -> dict[str, Tensor]:
     blocks = 1 + max(
         int(name.split(".layers.")[1].split(".")[0]) for name in importance
     )
-    names = gguf.get_tensor_name_map(ARCHITECTURE, blocks)
+    model_type = json.loads((directory / "config.json").read_text("utf-8"))[
+        "model_type"
+    ]
+    architecture = next(
+        number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == model_type
+    )
+    names = gguf.get_tensor_name_map(architecture, blocks)
     called = {}
     for name, values in importance.items():
         tensor = names.get_name(name, try_suffixes=(".weight",))
@@ -75,7 +86,7 @@ def importance_by_name(asked: argparse.Namespace) -> dict[str, Tensor]:
 
 def by_llama_cpp(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Makes llama.cpp's file, unless it is there, and returns its columns."""
-    out = asked.out / f"{asked.model.stem}-{kind}.gguf"
+    out = asked.out / f"{asked.model.stem}-{kind}-{asked.seed}.gguf"
     columns: dict[str, Any] = {
         "made by": "llama.cpp",
         "file": out,
@@ -95,7 +106,7 @@ def by_llama_cpp(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
 
 def by_sparsellm(asked: argparse.Namespace, kind: str, size: int) -> dict[str, Any]:
     """Compresses to a size, unless the file is there, and returns the columns of the file."""
-    out = asked.out / f"{asked.model.stem}-as-{kind}.gguf"
+    out = asked.out / f"{asked.model.stem}-as-{kind}-{asked.seed}.gguf"
     columns: dict[str, Any] = {
         "made by": "sparsellm",
         "file": out,
@@ -146,12 +157,43 @@ def measured(asked: argparse.Namespace, file: Path, text: str) -> dict[str, Any]
     }
 
 
+def rows_there(table: Path, row: dict[str, Any]) -> bool:
+    """Whether a table has the row of this model, size, maker, seed and text."""
+    same = ("model", "size of", "seed", "made by", "text")
+    with table.open(newline="") as file:
+        return any(
+            all(other[name] == str(row[name]) for name in same)
+            for other in csv.DictReader(file)
+        )
+
+
+def add_rows(asked: argparse.Namespace, table: Path, made: dict[str, Any]) -> None:
+    """Measures a file on the texts that it was not yet measured on."""
+    for text in asked.texts:
+        row: dict[str, Any] = {
+            "code": code_version(),
+            "model": asked.name or asked.model.name,
+            "seed": asked.seed,
+            "text": Path(text).name,
+            **{name: made[name] for name in FIELDS if name in made},
+        }
+        if rows_there(table, row):
+            continue
+        row |= measured(asked, made["file"], text)
+        with table.open("a", newline="") as file:
+            csv.DictWriter(file, FIELDS).writerow(row)
+        print(row, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, help="a .gguf file of a Qwen2")
+    parser.add_argument("model", type=Path, help="a .gguf file")
+    parser.add_argument("--name", help="of the model, in the table")
+    parser.add_argument("--bf16", action="store_true", help="start from a copy in bf16")
     parser.add_argument("--theirs", nargs="+", default=["Q3_K_M", "Q2_K"])
+    parser.add_argument("--ours", nargs="*", help="of --theirs; all by default")
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--calibration", default="pydoc:0.5,pycode:0.5")
@@ -169,32 +211,17 @@ def main() -> None:
     if not table.is_file():
         with table.open("w", newline="") as file:
             csv.DictWriter(file, FIELDS).writeheader()
+    if asked.bf16:
+        copy = asked.out / f"{asked.model.stem}-bf16.gguf"
+        asked.model = quantised_gguf(asked.model, "BF16", copy)
     for kind in asked.theirs:
         theirs = by_llama_cpp(asked, kind)
-        ours = by_sparsellm(asked, kind, theirs["bytes"])
-        for made in (theirs, ours):
-            for text in asked.texts:
-                with table.open(newline="") as file:
-                    there = [
-                        row
-                        for row in csv.DictReader(file)
-                        if row["model"] == asked.model.name
-                        and row["size of"] == kind
-                        and row["made by"] == made["made by"]
-                        and row["text"] == Path(text).name
-                    ]
-                if there:
-                    continue
-                row = {
-                    "code": code_version(),
-                    "model": asked.model.name,
-                    "size of": kind,
-                    **{name: made[name] for name in FIELDS if name in made},
-                    **measured(asked, made["file"], text),
-                }
-                with table.open("a", newline="") as file:
-                    csv.DictWriter(file, FIELDS).writerow(row)
-                print(row, flush=True)
+        theirs["size of"] = kind
+        add_rows(asked, table, theirs)
+        if asked.ours is None or kind in asked.ours:
+            ours = by_sparsellm(asked, kind, theirs["bytes"])
+            ours["size of"] = kind
+            add_rows(asked, table, ours)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""The picture of ``real_model.py``: bytes of the whole file against divergence, wide and narrow, light and dark.
+
+    python benchmarks/size_picture.py docs/data/real-model.csv --model Qwen2.5-Coder-1.5B-Instruct --out docs/figures
+
+writes ``sizes.svg``, and ``sizes-narrow.svg`` that is readable on a telephone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+from drawing import Marker, Plot, Point, head, legend, marker, polyline
+
+STYLES: dict[str, Marker] = {
+    "llama.cpp": ("circle", "--a", True),
+    "sparsellm": ("triangle", "--ours", True),
+}
+GIGABYTE = 1e9
+
+
+def points_of(table: Path, model: str, text: str) -> list[Point]:
+    """The points ``(made by, name of the size, gigabytes, divergence)`` of a model on a text."""
+    points: list[Point] = []
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["model"], row["text"], row["seed"]) != (model, text, "0"):
+                continue
+            if row["made by"] not in STYLES:
+                continue
+            label = row["size of"] if row["made by"] == "llama.cpp" else ""
+            size = int(row["bytes"]) / GIGABYTE
+            points.append((row["made by"], label, size, float(row["kl"])))
+    if not points:
+        raise SystemExit(f"{table} has no rows of {model} on {text}")
+    return sorted(points, key=lambda point: point[2])
+
+
+def draw(
+    points: list[Point], width: int, height: int, title: str, says: list[str]
+) -> str:
+    """The SVG of the points, with a line through those of each maker."""
+    sizes = [point[2] for point in points]
+    divergences = [point[3] for point in points]
+    plot = Plot(
+        (70, 78 + 15 * len(says), width - 22, height - 58),
+        (min(sizes) / 1.1, max(sizes) * 1.1),
+        (min(divergences) / 1.6, max(divergences) * 1.6),
+    )
+    parts = [
+        *head(width, height, title, says),
+        *plot.grid(),
+        *plot.names("GB of the whole file", "divergence (KL)"),
+        *legend(58 + 15 * len(says), STYLES),
+    ]
+    line: list[tuple[float, float]] = []
+    placed: list[tuple[float, float, str, str]] = []
+    for name, style in STYLES.items():
+        line = [
+            (plot.x(size), plot.y(divergence))
+            for series, _, size, divergence in points
+            if series == name
+        ]
+        parts.append(polyline(line, style[1]))
+        parts += [marker(x, y, style) for x, y in line]
+    for series, label, size, divergence in points:
+        color = f"var({STYLES[series][1]})"
+        placed.append((plot.x(size), plot.y(divergence), label, color))
+    parts += plot.labels(placed, line)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", default="wikitext2-raw-test.txt")
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    points = points_of(asked.table, asked.model, asked.text)
+    title = "Divergence at a size"
+    wide = [f"{asked.model} on {asked.text.split('.')[0]}, lower is better"]
+    narrow = [asked.model, f"on {asked.text.split('.')[0]}, lower is better"]
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / "sizes.svg").write_text(draw(points, 860, 440, title, wide))
+    (asked.out / "sizes-narrow.svg").write_text(draw(points, 360, 380, title, narrow))
+
+
+if __name__ == "__main__":
+    main()
