@@ -31,6 +31,7 @@ from torch import Tensor
 import sparsellm
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
+from sparsellm.programs import ProgramName
 from sparsellm.text.windows import calibration_windows
 
 FIELDS = [
@@ -104,17 +105,30 @@ def by_llama_cpp(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
     return columns
 
 
-def by_sparsellm(asked: argparse.Namespace, kind: str, size: int) -> dict[str, Any]:
-    """Compresses to a size, unless the file is there, and returns the columns of the file."""
-    out = asked.out / f"{asked.model.stem}-as-{kind}-{asked.seed}.gguf"
+def bytes_of(path: Path) -> int:
+    """The bytes of a file, or of the files in a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def by_sparsellm(
+    asked: argparse.Namespace, program: ProgramName, kind: str, size: int
+) -> dict[str, Any]:
+    """Compresses for a program to a size, unless the result is there, and returns its columns."""
+    name = f"{asked.model.stem}-as-{kind}-{asked.seed}"
+    out = asked.out / name
+    made_by = f"sparsellm for {program}"
+    if program == "llama.cpp":
+        out = asked.out / f"{name}.gguf"
     columns: dict[str, Any] = {
-        "made by": "sparsellm",
+        "made by": made_by,
         "file": out,
         "wall seconds": "",
         "CPU seconds": "",
         "peak MB": "",
     }
-    if not out.is_file():
+    if not out.exists():
         recipe = sparsellm.Recipe(
             effort=asked.effort,
             calibration=asked.calibration,
@@ -125,12 +139,12 @@ def by_sparsellm(asked: argparse.Namespace, kind: str, size: int) -> dict[str, A
         )
         before = time.process_time()
         made = sparsellm.compress(
-            str(asked.model), recipe, program="llama.cpp", out=out, size=size
+            str(asked.model), recipe, program=program, out=out, size=size
         )
         columns["CPU seconds"] = round(time.process_time() - before)
         columns["wall seconds"] = round(sum(made.run.whole_seconds.values()))
         columns["peak MB"] = round(made.run.peak_rss_bytes / 1e6)
-    columns["bytes"] = out.stat().st_size
+    columns["bytes"] = bytes_of(out)
     return columns
 
 
@@ -194,6 +208,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="start from a copy in bf16")
     parser.add_argument("--theirs", nargs="+", default=["Q3_K_M", "Q2_K"])
     parser.add_argument("--ours", nargs="*", help="of --theirs; all by default")
+    parser.add_argument("--programs", nargs="+", default=["llama.cpp"])
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--calibration", default="pydoc:0.5,pycode:0.5")
@@ -218,8 +233,10 @@ def main() -> None:
         theirs = by_llama_cpp(asked, kind)
         theirs["size of"] = kind
         add_rows(asked, table, theirs)
-        if asked.ours is None or kind in asked.ours:
-            ours = by_sparsellm(asked, kind, theirs["bytes"])
+        if asked.ours is not None and kind not in asked.ours:
+            continue
+        for program in asked.programs:
+            ours = by_sparsellm(asked, program, kind, theirs["bytes"])
             ours["size of"] = kind
             add_rows(asked, table, ours)
 

@@ -15,7 +15,8 @@ from drawing import Marker, Plot, Point, head, legend, marker, polyline
 
 STYLES: dict[str, Marker] = {
     "llama.cpp": ("circle", "--a", True),
-    "sparsellm": ("triangle", "--ours", True),
+    "sparsellm for llama.cpp": ("triangle", "--ours", True),
+    "sparsellm for sparsellm": ("square", "--ours", False),
 }
 GIGABYTE = 1e9
 
@@ -41,6 +42,8 @@ def draw(
     points: list[Point], width: int, height: int, title: str, says: list[str]
 ) -> str:
     """The SVG of the points, with a line through those of each maker."""
+    makers = {point[0] for point in points}
+    styles = {name: style for name, style in STYLES.items() if name in makers}
     sizes = [point[2] for point in points]
     divergences = [point[3] for point in points]
     plot = Plot(
@@ -52,11 +55,11 @@ def draw(
         *head(width, height, title, says),
         *plot.grid(),
         *plot.names("GB of the whole file", "divergence (KL)"),
-        *legend(58 + 15 * len(says), STYLES),
+        *legend(58 + 15 * len(says), styles),
     ]
     line: list[tuple[float, float]] = []
     placed: list[tuple[float, float, str, str]] = []
-    for name, style in STYLES.items():
+    for name, style in styles.items():
         line = [
             (plot.x(size), plot.y(divergence))
             for series, _, size, divergence in points

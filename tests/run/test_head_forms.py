@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,14 @@ def test_a_head_has_no_type_below_four_bits_and_none_twice() -> None:
 
 def table(name: str, sizes: list[int], divergences: list[float]) -> HeadTable:
     values = ["iq4_nl", "q5_0", "q8_0"][: len(sizes)]
-    return HeadTable((name,), (1.0, 2.0), values, sizes, divergences)
+    return HeadTable(
+        keys=(name,),
+        squares=(1.0, 2.0),
+        values=values,
+        bytes=sizes,
+        divergences=divergences,
+        in_q4_k_m=0.3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,9 +131,40 @@ def test_the_pair_with_the_least_sum_is_taken(
     def linears(size: int) -> float:
         return math.inf if size < 5 else 10 * max(0.0, 20 - size)
 
-    forms, left = head_forms.best_heads(tables, room, linears)
-    assert (forms["embedding"].values, forms["head"].values, left) == expected
+    heads = head_forms.best_heads(tables, room, linears)
+    forms = heads.forms
+    assert (forms["embedding"].values, forms["head"].values, heads.room) == expected
     assert forms["head"].squares == [1.0, 2.0]
+    alone = {"iq4_nl": 0.5, "q5_0": 0.2, "q8_0": 0.1}
+    assert heads.divergence == sum(alone[form.values] for form in forms.values())
+    assert heads.total == pytest.approx(heads.divergence + linears(heads.room))
+
+
+@pytest.mark.parametrize("goal", [1.9, 0.9, 0.55, 0.31])
+def test_the_smallest_file_with_a_divergence_is_found(goal: float) -> None:
+    """All pairs of types are tried by hand; divergence of linears halves every ten bytes."""
+    sizes = {"iq4_nl": 100, "q5_0": 120, "q8_0": 200}
+    lost = {"iq4_nl": 0.5, "q5_0": 0.2, "q8_0": 0.1}
+    tables = [
+        table(name, [*sizes.values()], [*lost.values()])
+        for name in ("embedding", "head")
+    ]
+
+    def linears(size: int) -> float:
+        return math.inf if size < 50 else 2 ** (-(size - 50) / 10)
+
+    files = []
+    for embedding, head in itertools.product(sizes, sizes):
+        allowed = goal - lost[embedding] - lost[head]
+        if allowed > 0:
+            file = (
+                sizes[embedding] + sizes[head] + max(50, 50 - 10 * math.log2(allowed))
+            )
+            files.append(file)
+    heads = head_forms.smallest_heads(tables, goal, 50, 250, linears)
+    file = heads.room + sum(sizes[form.values] for form in heads.forms.values())
+    assert min(files) <= file <= min(files) + 2
+    assert heads.total <= goal
 
 
 def test_what_linears_leave_goes_to_embedding_and_head() -> None:
@@ -183,6 +222,23 @@ def test_a_run_writes_them_on_their_grids(tied: bool, tmp_path: Path) -> None:
     took += result.bits_per_weight * linears / 8
     assert 0.93 * size < took <= size
     assert result.allocation["heads"] == result.heads
+
+
+def test_the_smallest_size_has_types_of_embedding_and_head_too(tmp_path: Path) -> None:
+    dense = save_tiny(wide(tied=False), tiny_tokenizer(), tmp_path / "dense")
+    heads: dict[float, dict[str, str]] = {}
+    for nats in (3e-2, 3e-4):
+        recipe = Recipe(**FIELDS, divergence=nats)
+        result = sparsellm.prune(
+            dense, recipe, calibration=windows(12), out=tmp_path / f"{nats}"
+        )
+        heads[nats] = result.heads
+    assert set(heads[3e-2]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    bits = {
+        nats: sum(GRIDS[values].bits_per_weight(64) for values in by_key.values())
+        for nats, by_key in heads.items()
+    }
+    assert bits[3e-2] < bits[3e-4]
 
 
 def test_a_size_that_is_too_small_or_of_a_model_in_memory_is_refused(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,11 +43,13 @@ from sparsellm.recipe import NOTIONAL, Recipe
 from sparsellm.records import Settings
 from sparsellm.run.choice import Choice, sizes_of
 from sparsellm.run.head_forms import (
+    Heads,
     HeadTable,
     best_heads,
     between_sizes,
     least_bytes,
     measure_heads,
+    smallest_heads,
     some_sizes,
     with_rest,
 )
@@ -70,6 +73,7 @@ WITH_ZEROS = 2  # types with zeros that are compared
 # demo the mixture lost at 2.8 bits, with a quick divergence of 0.78 of that of one form, and won at 4.2, with 0.72.
 RUN_GAINS = 0.75
 GRAM_TOKENS = 4096
+SIZES_BESIDE_HEADS = 8  # at which linears are measured to choose types beside them
 JUDGES = 1  # windows on which candidates are compared
 BY_LINEAR = "by linear"
 BY_COST = "by cost"
@@ -233,10 +237,13 @@ def choose_forms(
     heads: dict[str, HeadForm] = {}
     tables_of_heads: list[HeadTable] = []
     bits = recipe.bits
-    if recipe.size is not None:
+    # a model that is no checkpoint on disk keeps its embedding and head
+    if bits is None and program == LLAMA_CPP and feed.chain.reader is not None:
         with clock.phase("heads"):
             tables_of_heads = measure_heads(judging)
-            heads, room = _heads(
+    if recipe.size is not None:
+        with clock.phase("heads"):
+            chosen = _heads(
                 tables_of_heads,
                 judging,
                 sizes,
@@ -244,13 +251,16 @@ def choose_forms(
                 mixtures.by_linear,
                 recipe.size,
             )
-        bits = 8 * room / weights
+        heads = chosen.forms
+        bits = 8 * chosen.room / weights
     elif bits is None:
         with clock.phase("size"):
-            bits, known = _smallest_size(
-                judging, sizes, measured, mixtures.by_linear, recipe
+            smallest_one = _smallest_size(
+                judging, sizes, measured, mixtures.by_linear, recipe, tables_of_heads
             )
-        compared += known
+        bits = smallest_one.bits
+        heads = smallest_one.heads
+        compared += smallest_one.compared
     total = bits * weights / 8
     candidates = [
         mixtures.by_linear(bits),
@@ -318,8 +328,8 @@ def _heads(
     measured: Measured,
     by_linear: Callable[[float], Candidate],
     room: int,
-) -> tuple[dict[str, HeadForm], int]:
-    """The forms of embedding and head, and the bytes that they leave of ``room`` for the linears."""
+) -> Heads:
+    """The types of embedding and head in ``room`` bytes for them and the linears."""
     weights = sum(size.weights for size in sizes)
     least, most = byte_range(LLAMA_CPP, [size.shape for size in sizes])
     tried = some_sizes(tables, room, least)
@@ -340,40 +350,60 @@ def _compared(
     }
 
 
+@dataclass(frozen=True)
+class SmallestSize:
+    """The smallest size that has the divergence which a recipe asks for."""
+
+    bits: float
+    heads: dict[str, HeadForm]  # by tensor of embedding and head; empty if they stay
+    compared: list[Settings]  # what it was compared with
+
+
 def _smallest_size(
     judging: Feed,
     sizes: Sequence[LinearSize],
     measured: Measured,
     by_linear: Callable[[float], Candidate],
     recipe: Recipe,
-) -> tuple[float, list[Settings]]:
-    """The fewest bits at which the mixture by linear diverges by at most what the recipe asks for; and what was
-    compared with, if that is Q4_K_M. Raises RecipeError if the largest forms diverge more."""
+    tables: Sequence[HeadTable],
+) -> SmallestSize:
+    """The fewest bits at which the mixture by linear, with types of embedding and head from ``tables``, diverges by at
+    most what the recipe asks for. Raises RecipeError if the largest forms diverge more."""
     assert recipe.program is not None
     goal = recipe.divergence
     weights = sum(size.weights for size in sizes)
     shapes = [size.shape for size in sizes]
     least, most = byte_range(recipe.program, shapes)
-    fewest_bits = 8 * least / weights
-    most_bits = 8 * most / weights
-    candidates = [by_linear(most_bits)]
+    some = [float(most)]
+    if tables:
+        some = [*np.geomspace(least, most, SIZES_BESIDE_HEADS)]
+    candidates = [by_linear(8 * size / weights) for size in some]
     if goal == Q4_K_M:
         candidates.append(Candidate(Q4_K_M, q4_k_m(sizes), compensated=False))
-    first = divergences(judging, measured, candidates)
-    known: list[Settings] = []
+    measured_at = divergences(judging, measured, candidates)
+    compared: list[Settings] = []
     if goal == Q4_K_M:
-        goal = first[1]
-        known.append(_compared(candidates[1], sizes, goal))
+        goal = measured_at.pop()
+        compared.append(_compared(candidates[-1], sizes, goal))
+        goal += math.fsum(table.in_q4_k_m for table in tables)
     assert isinstance(goal, float)
-    if first[0] > goal:
+    lowest = measured_at[-1] + math.fsum(min(table.divergences) for table in tables)
+    if lowest > goal:
         raise RecipeError(
-            f"no form of {recipe.program} has a divergence of at most {goal:.3g}; the largest ones have {first[0]:.3g}"
+            f"no form of {recipe.program} has a divergence of at most {goal:.3g}; the largest ones have {lowest:.3g}"
         )
+    heads: dict[str, HeadForm] = {}
+    if tables:
+        divergence_of = between_sizes(some, measured_at, least)
+        chosen = smallest_heads(tables, goal, least, most, divergence_of)
+        heads = chosen.forms
+        goal -= chosen.divergence
 
     def divergences_at(tried: Sequence[float]) -> list[float]:
         return divergences(judging, measured, [by_linear(bits) for bits in tried])
 
-    return smallest(fewest_bits, most_bits, goal, divergences_at), known
+    bits = smallest(8 * least / weights, 8 * most / weights, goal, divergences_at)
+    return SmallestSize(bits, heads, compared)
 
 
 def measure(

@@ -32,6 +32,7 @@ LEAST_BITS_OF_HEAD: Final = 4.0
 ROWS = 8192  # rounded at a time
 DIGITS = 4  # that a run keeps of each square
 POINTS = 3  # sizes at which the divergence of linears is measured
+ROOMS = 1000  # sizes of a file that are told apart
 
 
 def types_of(matrix: OuterMatrix) -> list[str]:
@@ -68,6 +69,7 @@ class HeadTable:
     values: list[str]
     bytes: list[int]
     divergences: list[float]
+    in_q4_k_m: float  # the divergence with its type in llama.cpp's mixture Q4_K_M
 
 
 @torch.no_grad()
@@ -220,34 +222,74 @@ def _table(
     sizes = [form_bytes(Form(name), matrix.shape) for name in names]
     divergences = list(lost.values())
     corners = hull(sizes, divergences)
+    usual = grid_for("q6_k" if matrix.is_head else "q4_k", matrix.shape[1]).name
     return HeadTable(
         keys=matrix.keys,
         squares=tuple(squares.tolist()),
         values=[names[place] for place in corners],
         bytes=[sizes[place] for place in corners],
         divergences=[divergences[place] for place in corners],
+        in_q4_k_m=lost[usual],
     )
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The types that were chosen for embedding and head.
+
+    Attributes:
+        forms: the form of each tensor.
+        room: the bytes that are left for linears.
+        divergence: what these types add to the divergence of the linears, in nats a token.
+        total: both together.
+    """
+
+    forms: dict[str, HeadForm]
+    room: int
+    divergence: float
+    total: float
 
 
 def best_heads(
     tables: Sequence[HeadTable], room: int, divergence_of: Callable[[int], float]
-) -> tuple[dict[str, HeadForm], int]:
-    """The form of each tensor, and the bytes that they leave of ``room`` for linears, whose divergence at these bytes
-    is ``divergence_of``; infinite where no forms are that small."""
-    best: tuple[float, int, tuple[int, ...]] | None = None
+) -> Heads:
+    """The types with the least divergence in ``room`` bytes for all, if that of linears in the bytes that are left is
+    ``divergence_of``; it is infinite where no forms are that small."""
+    best: tuple[float, float, int, tuple[int, ...]] | None = None
     for places in itertools.product(*[range(len(table.values)) for table in tables]):
         pairs = list(zip(tables, places, strict=True))
         left = room - sum(table.bytes[place] for table, place in pairs)
         of_heads = math.fsum(table.divergences[place] for table, place in pairs)
         total = of_heads + divergence_of(left)
         if best is None or total < best[0]:
-            best = (total, left, places)
+            best = (total, of_heads, left, places)
     assert best is not None
+    total, of_heads, left, taken = best
     forms: dict[str, HeadForm] = {}
-    for table, place in zip(tables, best[2], strict=True):
+    for table, place in zip(tables, taken, strict=True):
         form = HeadForm(table.values[place], list(table.squares))
         forms |= dict.fromkeys(table.keys, form)
-    return forms, best[1]
+    return Heads(forms, left, of_heads, total)
+
+
+def smallest_heads(
+    tables: Sequence[HeadTable],
+    goal: float,
+    least: int,
+    most: int,
+    divergence_of: Callable[[int], float],
+) -> Heads:
+    """The types in the smallest file that diverges by at most ``goal``. Linears take ``least`` to ``most`` bytes."""
+    low = least + sum(min(table.bytes) for table in tables)
+    high = most + sum(max(table.bytes) for table in tables)
+    precise = (high - low) // ROOMS + 1
+    while high - low > precise:
+        middle = (low + high) // 2
+        if best_heads(tables, middle, divergence_of).total <= goal:
+            high = middle
+        else:
+            low = middle
+    return best_heads(tables, high, divergence_of)
 
 
 def with_rest(
