@@ -118,12 +118,18 @@ MISTAKES = [
     ("export packed --to onnx --out m", "write gguf (for llama.cpp), compressed-tens"),
     ("generate hello packed", "the prompt 'packed' is a model; give the model first"),
     ("exec python -c pass", "write -- before the command that is run"),
-    ("prune model --out p --size 4GB", "has no option --size; it belongs to compress;"),
+    (
+        "prune model --out p --size 4GB",
+        "has no option --size; it belongs to compress, demo;",
+    ),
     (f"{PRUNE} --samples 4 --set samples=8", "samples is given by an option and by"),
     (f"{PRUNE} --seq-len -5 --set seq_len=16", "seq_len is given by an option and by"),
     (f"{PRUNE} --calibration pycode:0.5,pydoc", "'pydoc' in 'pycode:0.5,pydoc' has no"),
     ("serve packed --name ''", "--name is '': it should have at least 1 character"),
-    ("demo --out packed", "--out packed is a checkpoint itself; name a directory for"),
+    (
+        "demo --out packed",
+        "--out packed exists and is not empty; name another directory",
+    ),
     (
         "compare model --method wanda --sparsity 0.5 --text pydoc --out packed",
         "--out packed is a checkpoint itself; name a directory for new ones",

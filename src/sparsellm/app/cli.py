@@ -774,30 +774,29 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
 
 
 @_command(
-    # With int4 values a model with 30 % of zeros takes fewer bytes than Q4_0.
     option(
-        "--sparsity SHARE",
-        "Fraction of zeros, at least 0 and below 1.",
+        "--size SIZE",
+        "Size of the result with all of its files, such as 85MB.",
         WHAT,
-        default=0.3,
+        default="85MB",
     ),
     option(
         "--out -o DIR",
-        "Directory of the checkpoints, DIR/pruned and DIR/packed.",
+        "Directory of the packed model.",
         shown="in the cache",
     ),
     *use.WRITING,
     group=use.TO_MAKE,
-    examples=("sparsellm demo", "sparsellm demo --sparsity 0.7 --out demo"),
+    examples=("sparsellm demo", "sparsellm demo --size 75MB --out demo"),
 )
 def demo(
     progress: Any, verbose: bool, out: Path | None = None, **options: Any
 ) -> Printed:
-    """Prune and pack a small real Llama, and show what it costs and what it saves. Takes minutes, needs no hub."""
+    """Compress a small real Llama, and show what it costs and what it saves. Takes minutes, needs no hub."""
     from sparsellm.app import tables
-    from sparsellm.app.demo import places, run_demo
+    from sparsellm.app.demo import place, run_demo
 
-    interrupts.keeps(f"finished blocks are kept next to {places(out)[0]}")
+    interrupts.keeps(f"finished blocks are kept next to {place(out)}")
     result = run_demo(out=out, progress=progress, **options)
     return result.to_dict(), lambda: tables.print_demo(result, verbose=verbose)
 

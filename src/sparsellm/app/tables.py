@@ -287,12 +287,12 @@ def print_mixtures(mixtures: Routing, blocks: int) -> None:
 def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     """Prints the forms of the demo's model side by side, both answers, and the paths of what was written."""
     if verbose:
-        print_pruned(result.pruned, verbose=True)
+        print_compressed(result.compressed)
     forms = (result.dense, result.q4_0, result.packed)
     speeds = result.speeds
     against = [form.evaluation.against for form in forms]
     shown = table(
-        ("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "pruned, packed"), ()
+        ("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "ours, packed"), ()
     )
     shown.add_row("weights", *(_megabytes(form.weight_bytes) for form in forms))
     shown.add_row(
@@ -329,12 +329,10 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
         "peak memory of decoding", *(_megabytes(form.peak_rss_bytes) for form in forms)
     )
     out().print(shown)
-    pruned = result.pruned
+    run = result.compressed.run
+    say(f"packed: {run.in_short}, embedding in int8")
     say(
-        f"packed: {pruned.sparsity_pruned:.0%} zeros, {pruned.bits_per_weight:.2f} bits a weight, embedding in int8"
-    )
-    say(
-        f"pruned in {duration(result.seconds['prune'])} with {pruned.peak_rss_bytes / 1e9:.2f} GB of memory"
+        f"compressed in {duration(result.seconds['compress'])} with {run.peak_rss_bytes / 1e9:.2f} GB of memory"
     )
     texts = result.texts
     answers = table((visible(texts.prompt), ""), ())
@@ -342,14 +340,10 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     answers.add_row("packed", Text(visible(texts.pruned.strip())))
     out().print(answers)
     say(f"everything took {duration(sum(result.seconds.values()))}")
-    for name, path in (
-        ("pruned", pruned.path),
-        ("packed", result.packed_path),
-        ("report", result.report),
-    ):
-        if path is not None:
-            say(f"{name}: {path}")
-    say_next("talk to it", "sparsellm chat {}", result.packed_path)
+    say(f"written to {result.compressed.path}")
+    if result.report is not None:
+        say(f"report: {result.report}")
+    say_next("talk to it", "sparsellm chat {}", result.compressed.path)
 
 
 def _megabytes(size: int | None) -> str:
