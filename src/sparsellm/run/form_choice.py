@@ -76,7 +76,6 @@ GRAM_TOKENS = 4096
 SIZES_BESIDE_HEADS = 8  # at which linears are measured to choose types beside them
 JUDGES = 1  # windows on which candidates are compared
 BY_LINEAR = "by linear"
-BY_COST = "by cost"
 
 Zeros = Callable[[float], Mapping[str, float]]
 """The sparsity of each linear by its name, from that of all."""
@@ -266,8 +265,6 @@ def choose_forms(
         mixtures.by_linear(bits),
         *uniform_forms(sizes, tables, zeros, total),
     ]
-    if program == LLAMA_CPP:
-        candidates.append(mixtures.by_cost(bits))
     with clock.phase("compare"):
         divergence_of = divergences(judging, measured, candidates)
     best = min(
@@ -312,13 +309,6 @@ class Mixtures:
         total = bits * sum(self.weights.values()) / 8
         budgets = bytes_of_threshold(self.weights, self.sparsities, total)
         return Candidate(BY_LINEAR, _by_unit(self.units, self.tables, budgets, total))
-
-    def by_cost(self, bits: float) -> Candidate:
-        """From the smallest forms on, bytes go where they save most of the predicted loss. This is better where a form
-        loses nothing for some linears, as that in which a file had them."""
-        total = bits * sum(self.weights.values()) / 8
-        least = dict.fromkeys(self.weights, 0.0)
-        return Candidate(BY_COST, _by_unit(self.units, self.tables, least, total))
 
 
 def _heads(
