@@ -16,6 +16,7 @@ from sparsellm.method.solvers import SOLVERS, rounding
 from sparsellm.method.solvers.prepared import prepared
 from sparsellm.method.solvers.rounding import (
     DAMPING,
+    SHRINKAGE,
     rounded,
     to_nearest,
     uncompensated,
@@ -301,13 +302,17 @@ def test_each_input_is_made_up_for_by_all_after_it(
     assert torch.equal(result == 0, grid.nearest == 0) or grid.groups.dense
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_values_are_rounded_in_the_metric_of_the_damped_matrix(
-    monkeypatch: pytest.MonkeyPatch,
+    sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, gram = pruned(24, 96, Share(0.5)), gram_of(96)
+    weight, gram = pruned(24, 96, Share(sparsity)), gram_of(96)
     result = rounded(weight, gram, "int4", torch.bfloat16).weight
-    damped = gram.matrix + torch.eye(96) * (0.1 * gram.mean_diagonal)
-    monkeypatch.setattr(rounding, "_damped", lambda gram: gram)
+    damped = gram.matrix.clone()
+    if not sparsity:
+        damped = 0.5 * gram.matrix + 0.5 * gram.matrix.diagonal().diag()
+    damped += torch.eye(96) * (0.1 * gram.mean_diagonal)
+    monkeypatch.setattr(rounding, "_metric", lambda gram, dense: gram)
     assert torch.equal(
         rounded(weight, Gram(damped, gram.tokens), "int4", torch.bfloat16).weight,
         result,
@@ -317,14 +322,17 @@ def test_values_are_rounded_in_the_metric_of_the_damped_matrix(
     )
 
 
-def test_an_error_costs_what_the_inputs_after_it_leave_of_it() -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_an_error_costs_what_the_inputs_after_it_leave_of_it(dense: bool) -> None:
     gram = gram_of(24)
     matrix = gram.matrix.double()
-    damped = matrix + DAMPING * gram.mean_diagonal * torch.eye(24, dtype=torch.float64)
+    shrinkage = SHRINKAGE if dense else 0.0
+    damped = (1 - shrinkage) * matrix + shrinkage * matrix.diagonal().diag()
+    damped += DAMPING * gram.mean_diagonal * torch.eye(24, dtype=torch.float64)
     # the second damping is that of the factor
     damped += DAMPING * damped.diagonal().mean() * torch.eye(24, dtype=torch.float64)
     order = gram.diagonal.argsort(descending=True, stable=True).tolist()
-    costs = uncompensated(gram)
+    costs = uncompensated(gram, dense=dense)
     for place, number in enumerate(order):
         later = order[place + 1 :]
         change = torch.zeros(24, dtype=torch.float64)
@@ -341,7 +349,7 @@ def test_costs_of_errors_predict_the_error_of_rounding() -> None:
     """It is somewhat less after the descent, by one share for all types."""
     gram = gram_of(256)
     weight = weight_of(64, 256)
-    costs = uncompensated(gram)
+    costs = uncompensated(gram, dense=True)
     shares = []
     for values in ("q8_0", "q5_0", "q4_0", "q3_k", "q2_k", "int3", "int4"):
         nearest = to_nearest(weight, costs, values, torch.float32)

@@ -93,10 +93,14 @@ def errors_of(
     energy = float(gram.energy(part))
     if energy == 0:
         return [0.0] * len(forms)
-    costs = uncompensated(gram)
-    saliency = part.square() * costs
+    costs_of = {
+        dense: uncompensated(gram, dense=dense)
+        for dense in {form.sparsity == 0 for form in forms}
+    }
     errors = []
     for form in forms:
+        costs = costs_of[form.sparsity == 0]
+        saliency = part.square() * costs
         zeros = round(form.sparsity * part.numel())
         pruned = part * Unstructured(zeros, part.numel()).mask(saliency)
         stored = to_nearest(pruned, costs, form.values, dtype)

@@ -48,6 +48,8 @@ PRODUCTS = 35
 # anchor / largest magnitude; values beyond are clipped
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
 DAMPING = 0.1  # in units of the inputs' mean square: without it, values fit the text of calibration more than others
+# Of the Gram matrix towards its diagonal, where there are no zeros: how inputs go together differs from text to text.
+SHRINKAGE = 0.5
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
 ENDS = 6  # fractions that are tried for each end of a group with a minimum
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
@@ -99,32 +101,42 @@ def rounded(
     NumericalError says that the Gram matrix cannot be factorised with any damping."""
     groups = Groups.of(weight, value_type)
     target = weight if target is None else target
-    gram = gram.remember("rounding", lambda: _damped(gram))
+    metric = _metric(gram, dense=groups.dense)
     # Other programs have no exponents of columns.
     powers = (
-        torch.ones_like(gram.diagonal)
+        torch.ones_like(metric.diagonal)
         if groups.grid is not None
-        else _powers(weight, gram, groups, dtype)
+        else _powers(weight, metric, groups, dtype)
     )
     if groups.dense:
-        result = _fitted(weight, target, gram, powers, groups, dtype)
+        result = _fitted(weight, target, metric, powers, groups, dtype)
         if Groups.of(result.weight, value_type).dense:
             return result
+        metric = _metric(gram, dense=False)
     # values that are nearer to 0 than to the smallest number of their grid
     if not fixed_mask:
         nearest = _Grid(
-            weight, gram, powers, replace(groups, dense=False), dtype
+            weight, metric, powers, replace(groups, dense=False), dtype
         ).nearest
         weight = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
         groups = Groups.of(weight, value_type)
-    return _fitted(weight, target, gram, powers, replace(groups, dense=False), dtype)
+    return _fitted(weight, target, metric, powers, replace(groups, dense=False), dtype)
 
 
-def _damped(gram: Gram) -> Gram:
-    """``G + λI``, in whose metric values are rounded. Inputs that no token reaches count too."""
-    matrix = gram.matrix.clone()
-    matrix.diagonal().add_(DAMPING * gram.mean_diagonal)
-    return Gram(matrix, gram.tokens)
+def _metric(gram: Gram, *, dense: bool) -> Gram:
+    """``(1 − ρ) G + ρ diag(G) + λI``, in whose metric values are rounded. Inputs that no token reaches count too.
+
+    The part towards the diagonal is shrinkage (Ledoit and Wolf, 2004; to unequal variances: Schäfer and Strimmer,
+    2005). With zeros there is none: values make up for what the solver left, which fits G."""
+    shrinkage = SHRINKAGE if dense else 0.0
+
+    def damped() -> Gram:
+        matrix = gram.matrix * (1 - shrinkage)
+        added = shrinkage * gram.diagonal + DAMPING * gram.mean_diagonal
+        matrix.diagonal().add_(added)
+        return Gram(matrix, gram.tokens)
+
+    return gram.remember(f"rounding, {shrinkage}", damped)
 
 
 def _fitted(
@@ -336,18 +348,22 @@ def _ordered(gram: Gram) -> tuple[Tensor, Factor]:
     )
 
 
-def uncompensated(gram: Gram) -> Tensor:
-    """What an error of each input costs once the later ones made up for it, ``(in,)``, in place of its mean square.
+def uncompensated(gram: Gram, *, dense: bool) -> Tensor:
+    """What an error of each input costs once the later ones made up for it, ``(in,)``, in place of its mean square, in
+    weights without zeros (``dense``) or with them.
 
     An error ``e_j`` in units of ``U_jj`` changes the later inputs along row ``u_j`` of the factor, see
-    ``_one_after_another``. With ``u_j (G + λI) u_jᵀ = 1`` it costs ``e_j² (1 − λ ‖u_j‖²)``. For values rounded to
-    nearest the sum of these costs is near to the error after rounding: above it by what the descent gains, which is
-    the same share for all types."""
-    damped = gram.remember("rounding", lambda: _damped(gram))
+    ``_one_after_another``. With ``u_j ((1 − ρ) G + D) u_jᵀ = 1``, where the diagonal D is what ``_metric`` adds, it
+    costs ``e_j² (1 − u_j D u_jᵀ) / (1 − ρ)``. For values rounded to nearest the sum of these costs is near to the error
+    after rounding: above it by what the descent gains, which is the same share for all types."""
+    shrinkage = SHRINKAGE if dense else 0.0
+    damped = _metric(gram, dense=dense)
     order, factor = damped.remember("ordered", lambda: _ordered(damped))
     upper = factor.matrix
     ridge = DAMPING * gram.mean_diagonal + factor.damping * damped.mean_diagonal
-    share = (1 - ridge * upper.square().sum(1)).clamp_(min=LEAST_SHARE)
+    added = shrinkage * gram.diagonal[order] + ridge
+    share = (1 - upper.square() @ added) / (1 - shrinkage)
+    share.clamp_(min=LEAST_SHARE)
     costs = torch.empty_like(gram.diagonal)
     costs[order] = share / upper.diagonal().square()
     return costs
