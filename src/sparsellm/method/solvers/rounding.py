@@ -48,7 +48,7 @@ PRODUCTS = 35
 # anchor / largest magnitude; values beyond are clipped
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
 DAMPING = 0.1  # in units of the inputs' mean square: without it, values fit the text of calibration more than others
-# Of the Gram matrix towards its diagonal, where there are no zeros: how inputs go together differs from text to text.
+# How inputs go together differs from text to text, so without zeros the Gram matrix is drawn to its diagonal.
 SHRINKAGE = 0.5
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
 ENDS = 6  # fractions that are tried for each end of a group with a minimum
