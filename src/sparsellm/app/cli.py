@@ -776,9 +776,9 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
 @_command(
     option(
         "--size SIZE",
-        "Size of the result with all of its files, such as 85MB.",
+        "Size of the result with all of its files, such as 80MB.",
         WHAT,
-        default="85MB",
+        default="90MB",
     ),
     option(
         "--out -o DIR",

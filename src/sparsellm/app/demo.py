@@ -61,7 +61,7 @@ Q8_0 = GGMLQuantizationType.Q8_0
 
 
 class Form(Record):
-    """A form of the model: bytes of its weights, its evaluation, and the peak memory of a process that decodes it."""
+    """A form of the model: bytes of its weight files, its evaluation, and the peak memory of a process that decodes."""
 
     weight_bytes: int
     evaluation: Evaluation
@@ -168,6 +168,9 @@ def run_demo(
         texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
     api.keep_results(packed, [evaluation, speeds, texts])
     assert evaluation.against is not None
+    # both are directories
+    assert speeds.dense_disk_bytes is not None
+    assert speeds.packed_disk_bytes is not None
     of_dense = evaluation.model_copy(
         update={"perplexity": evaluation.against.perplexity, "against": None}
     )
@@ -175,12 +178,12 @@ def run_demo(
         dense_path=dense,
         compressed=compressed,
         dense=Form(
-            weight_bytes=speeds.dense_bytes,
+            weight_bytes=speeds.dense_disk_bytes,
             evaluation=of_dense,
             peak_rss_bytes=answers[0][1],
         ),
         packed=Form(
-            weight_bytes=speeds.packed_bytes,
+            weight_bytes=speeds.packed_disk_bytes,
             evaluation=evaluation,
             peak_rss_bytes=answers[1][1],
         ),

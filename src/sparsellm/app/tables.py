@@ -294,7 +294,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     shown = table(
         ("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "ours, packed"), ()
     )
-    shown.add_row("weights", *(_megabytes(form.weight_bytes) for form in forms))
+    shown.add_row("weight files", *(_megabytes(form.weight_bytes) for form in forms))
     shown.add_row(
         "perplexity, held-out text", *(f"{form.evaluation.value:.2f}" for form in forms)
     )
