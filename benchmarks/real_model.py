@@ -31,7 +31,7 @@ from torch import Tensor
 import sparsellm
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
-from sparsellm.programs import ProgramName
+from sparsellm.programs import ProgramName, bytes_of
 from sparsellm.text.windows import calibration_windows
 
 FIELDS = [
@@ -103,13 +103,6 @@ def by_llama_cpp(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
         columns["CPU seconds"] = round(time.process_time() - before)
     columns["bytes"] = out.stat().st_size
     return columns
-
-
-def bytes_of(path: Path) -> int:
-    """The bytes of a file, or of the files in a directory."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def by_sparsellm(

@@ -96,9 +96,9 @@ def test_an_unfinished_demo_begins_anew_in_its_place(
     model = save_tiny(dense, tiny_tokenizer(), tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
-    compress = demo.compress
+    ordered = demo.ordered
     monkeypatch.setattr(
-        demo, "compress", lambda _, *given, **named: compress(model, *given, **named)
+        demo, "ordered", lambda _, *given, **named: ordered(model, *given, **named)
     )
     # llama.cpp decodes no model as small as this
     monkeypatch.setattr(demo, "find_spec", lambda _: None)

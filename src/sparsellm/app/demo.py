@@ -30,7 +30,7 @@ from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
 from sparsellm.model.structure import find_blocks, iterate_linears
-from sparsellm.programs import CompressResult, compress
+from sparsellm.programs import CompressResult, carry_out, ordered
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Record, Settings
@@ -137,9 +137,8 @@ def run_demo(
             yield
 
     with phase("fetch"):
-        dense = checkpoint_directory("demo")
-    with clock.phase("compress"):
-        compressed = compress(
+        # refuses a place or a size that cannot be, the place before the download
+        order = ordered(
             "demo",
             recipe,
             program="sparsellm",
@@ -147,8 +146,10 @@ def run_demo(
             size=size,
             overwrite=overwrite,
             restart=restart,
-            progress=progress,
         )
+        dense = checkpoint_directory("demo")
+    with clock.phase("compress"):
+        compressed = carry_out(order, progress)
     with phase("evaluate"):
         evaluation, q4_0 = _evaluated(dense, packed, progress)
     with phase("bench"):

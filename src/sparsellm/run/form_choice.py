@@ -73,7 +73,7 @@ WITH_ZEROS = 2  # types with zeros that are compared
 # demo the mixture lost at 2.8 bits, with a quick divergence of 0.78 of that of one form, and won at 4.2, with 0.72.
 RUN_GAINS = 0.75
 GRAM_TOKENS = 4096
-SIZES_BESIDE_HEADS = 8  # at which linears are measured to choose types beside them
+CURVE_SIZES = 8  # sizes of all linears at which their divergence is measured, for a size with a divergence
 JUDGES = 1  # windows on which candidates are compared
 BY_LINEAR = "by linear"
 
@@ -236,7 +236,7 @@ def choose_forms(
     heads: dict[str, HeadForm] = {}
     tables_of_heads: list[HeadTable] = []
     bits = recipe.bits
-    # a model that is no checkpoint on disk keeps its embedding and head
+    # only a checkpoint on disk has its embedding and head rounded
     if bits is None and program == LLAMA_CPP and feed.chain.reader is not None:
         with clock.phase("heads"):
             tables_of_heads = measure_heads(judging)
@@ -366,7 +366,7 @@ def _smallest_size(
     least, most = byte_range(recipe.program, shapes)
     some = [float(most)]
     if tables:
-        some = [*np.geomspace(least, most, SIZES_BESIDE_HEADS)]
+        some = [*np.geomspace(least, most, CURVE_SIZES)]
     candidates = [by_linear(8 * size / weights) for size in some]
     if goal == Q4_K_M:
         candidates.append(Candidate(Q4_K_M, q4_k_m(sizes), compensated=False))
