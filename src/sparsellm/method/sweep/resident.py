@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -190,11 +190,9 @@ class Resident(Weights):
         rows = self._rows_of(index)
         tensors = split(part, {name: tensor.shape for name, tensor in rows.items()})
         for name, shape in self.shapes[index].items():
-            stride = torch.empty(shape, device="meta").stride()
-            divided = DTensor.from_local(
-                tensors[name], self._mesh, [Shard(0)], shape=shape, stride=stride
-            )
-            tensors[name] = divided.full_tensor()
+            # not by `DTensor.full_tensor`, whose collectives run in other threads
+            rows_of_all = parallel.gather_list(tensors[name])
+            tensors[name] = torch.cat(rows_of_all, -len(shape))
         return joined(tensors)
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
