@@ -6,8 +6,8 @@
     python benchmarks/real_model.py model.gguf --bf16 ...     # both start from a copy in bf16, which it makes
 
 Each of llama.cpp's mixtures is made with importance from the same windows that `compress` calibrates on. `compress` is
-asked for the bytes of that file. A file in few bits favours llama.cpp, which copies types that its mixture shares:
-`--bf16` gives both the same numbers in bf16. Every file is read again and measured on each text, next to the model that
+asked for the bytes of that file. A file in few bits favours whoever keeps its types: `--bf16` gives both the same
+numbers in bf16. Every file is read again and measured on each text, next to the model that
 both were made from. Files stay in ``--out``; rows are appended to ``real-model.csv`` there. One that is there is not
 made again.
 """

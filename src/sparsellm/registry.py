@@ -42,8 +42,6 @@ class Entry(Generic[F]):
     options: type[BaseModel]  # a model of its keyword-only parameters
     summary: str
     narrow: bool = False  # whether factors of a solver's products may be rounded to bf16 where blocks multiply in it
-    # Products of the weight with a matrix as large as its Gram matrix, by which the time of a solver is estimated.
-    products: float = 1.0
     needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
     # a method's default, unless a pattern fixes the sparsity

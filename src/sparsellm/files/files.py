@@ -191,11 +191,9 @@ def explained(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(
-    folder: Path, place: Path | None = None, *, wait: bool = False
-) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Locks a directory against other processes until the context ends; with ``wait``, waits for another's lock. Raises
-    StorageError if another process holds the lock, and ``wait`` is False; it names ``place``, by default the parent."""
+    StorageError, which names the parent, if another process holds the lock and ``wait`` is False."""
     with explained(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
@@ -205,7 +203,7 @@ def locked(
             )
         except BlockingIOError:
             raise StorageError(
-                f"another process is writing {place or folder.parent} now; wait for it, or name another directory"
+                f"another process is writing {folder.parent} now; wait for it, or name another directory"
             ) from None
         except OSError:  # a file system without locks
             pass

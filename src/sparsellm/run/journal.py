@@ -117,10 +117,6 @@ class Journal(contextlib.ExitStack):
             and (self._state / f"{name}.json").is_file()
         )
 
-    def begun(self) -> int:
-        """The blocks that the unfinished run has records of, unverified. May be called before ``open``."""
-        return sum(self.knows(shard.name) for shard in self._shards[: self.blocks])
-
     def open(self, identity: Identity, need_bytes: int, *, model: str) -> None:
         """Begins a run that takes ``need_bytes`` of disk, or continues an unfinished one with the same identity. Raises
         StorageError if the directory cannot be written, or holds an unfinished run with another identity. ``model`` is

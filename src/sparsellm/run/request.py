@@ -32,7 +32,6 @@ class Request:
     restart: bool = False
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
-    name: str = ""  # in reports, in place of the one that the model was given by
 
     @property
     def called(self) -> str:

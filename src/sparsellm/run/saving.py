@@ -50,7 +50,7 @@ def base_of_run(request: Request, models: Models, digest: str) -> Base:
     if isinstance(dense, PreTrainedModel):
         name = getattr(dense, "name_or_path", "")
     return Base(
-        name=request.name or without_folders(name),
+        name=without_folders(name),
         digest=digest,
         bytes=checkpoint_bytes(models.teacher or models.chain),
         **base_of(dense, models.dense),

@@ -52,7 +52,6 @@ CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one'
     "admm",
     paper="arXiv 2406.07831",
     narrow=True,
-    products=27,
 )
 def admm(
     weight: Tensor,
