@@ -31,7 +31,7 @@ from sparsepack.grids import GRIDS, grid_for
 LEAST_BITS_OF_HEAD: Final = 4.0
 ROWS = 8192  # rounded at a time
 DIGITS = 4  # that a run keeps of each square
-ROWS_OF_ERRORS = 1024  # of a head
+ROWS_OF_ERRORS = 1024  # on which types of a head are compared
 POINTS = 3  # sizes at which the divergence of linears is measured
 ROOMS = 1000  # sizes of a file that are told apart
 
