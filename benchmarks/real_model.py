@@ -7,9 +7,8 @@
 
 Each of llama.cpp's mixtures is made with importance from the same windows that `compress` calibrates on. `compress` is
 asked for the bytes of that file. A file in few bits favours whoever keeps its types: `--bf16` gives both the same
-numbers in bf16. Every file is read again and measured on each text, next to the model that
-both were made from. Files stay in ``--out``; rows are appended to ``real-model.csv`` there. One that is there is not
-made again.
+numbers in bf16. Every file is read again and measured on each text, next to the model that both were made from. Files
+stay in ``--out``; rows are appended to ``real-model.csv`` there. One that is there is not made again.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def test_each_matrix_is_measured_alone_and_the_model_stays(tied: bool) -> None:
     squares = squares_by_hand(model, judges.windows)
     for table in tables:
         is_head = tied or "lm_head" in table.keys[0]
+        ratios = []  # divergence / error: one number for all types
         assert table.divergences == sorted(table.divergences, reverse=True)
         assert table.bytes == sorted(table.bytes)
         for values, size, measured in zip(
@@ -75,6 +76,9 @@ def test_each_matrix_is_measured_alone_and_the_model_stays(tied: bool) -> None:
                 costs = torch.ones(64)
             weight = module.weight.detach().clone()
             rounded = to_nearest(weight, costs, values, torch.float32)
+            rows = slice(None) if is_head else judges.windows.unique()
+            error = (rounded - weight)[rows].square() @ costs
+            ratios.append(measured / float(error.sum()))
             # the embedding of a tied model stays: its errors are small beside those of the head
             module.weight = torch.nn.Parameter(rounded)
             expected = divergence(model, other, judges.windows)
@@ -84,6 +88,7 @@ def test_each_matrix_is_measured_alone_and_the_model_stays(tied: bool) -> None:
             assert size == math.ceil(
                 GRIDS[values].bits_per_weight(64) * weight.numel() / 8
             )
+        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=0.02)
 
 
 def test_a_head_has_no_type_below_four_bits_and_none_twice() -> None:

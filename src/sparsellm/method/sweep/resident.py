@@ -190,7 +190,7 @@ class Resident(Weights):
         rows = self._rows_of(index)
         tensors = split(part, {name: tensor.shape for name, tensor in rows.items()})
         for name, shape in self.shapes[index].items():
-            # not by `DTensor.full_tensor`, whose collectives run in other threads
+            # reports a lost process in one line, as `DTensor.full_tensor` does not
             rows_of_all = parallel.gather_list(tensors[name])
             tensors[name] = torch.cat(rows_of_all, -len(shape))
         return joined(tensors)
