@@ -1,4 +1,4 @@
-"""sparsellm: prune Hugging Face language models after training, globally.
+"""sparsellm: makes Hugging Face language models smaller, to a size or to a share of zeros.
 
 >>> import sparsellm
 >>> result = sparsellm.prune("demo", sparsellm.Recipe(sparsity=0.5), out="pruned")  # doctest: +SKIP

@@ -66,7 +66,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Prune Hugging Face language models after training, globally, and make the sparsity pay.",
+    help="The best model of a given size, from a model that you have, for the program that you run.",
 )
 
 
