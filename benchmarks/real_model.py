@@ -115,6 +115,9 @@ def by_sparsellm(
     name = f"{asked.model.stem}-as-{kind}-{asked.seed}"
     out = asked.out / name
     made_by = f"sparsellm for {program}"
+    if asked.effort:
+        name += f"-effort-{asked.effort}"
+        made_by += f", effort {asked.effort}"
     if program == "llama.cpp":
         out = asked.out / f"{name}.gguf"
     columns: dict[str, Any] = {
