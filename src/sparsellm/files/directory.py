@@ -1,6 +1,6 @@
 """Output directories: what is refused before the work, the working directory, and the final renaming.
 
-``docs/architecture.md``, *Directories*, lists the states, and says who may remove what. Imports no torch.
+``docs/architecture.md``, *Directories*, lists the states. Imports no torch.
 """
 
 from __future__ import annotations

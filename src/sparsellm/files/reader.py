@@ -259,7 +259,9 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 
 def _open(file: Path) -> Any:
-    """A safetensors file, which is read and never mapped."""
+    """A safetensors file, which is read and never mapped.
+
+    A slice would read the whole tensor, so a checksum holds one tensor in memory."""
     return safe_open(file, framework="pt", backend="pread")
 
 

@@ -1,6 +1,6 @@
 """What a run would take, by ten formulas that a reader can check by hand: for ``sparsellm plan`` and ``--dry-run``.
 
-Bytes are right within a third, seconds within a half (docs/scale.md). A run itself goes by what it measures, see
+Bytes are right within a third, seconds within a half (docs/payoff.md). A run itself goes by what it measures, see
 ``sparsellm.run.budget``.
 """
 
