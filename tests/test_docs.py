@@ -95,7 +95,7 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     )
     assert built.returncode == 0, built.stdout + built.stderr
     page = (tmp_path / "site" / "index.html").read_text("utf-8")
-    assert "Prunes Hugging Face language models" in page
+    assert "The best model of a given size" in page
     assert not re.findall(r'(?:src|rel="stylesheet" href)="(?:https?:)?//', page), (
         "it loads something from elsewhere"
     )
