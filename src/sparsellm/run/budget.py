@@ -152,8 +152,7 @@ class Budget:
 
     def scratch(self, folder: Path | None) -> Scratch:
         """Storage for hidden states, with files in a folder."""
-        on_device = 0 if self.card is None else self.card
-        return Scratch(self.host, folder, on_device=on_device)
+        return Scratch(self.host, folder, self.card)
 
     def expect_block(self, chain: Chain) -> None:
         """Leaves room for the first block of a pass, whose statistics and solver are not measured yet. Raises

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm import Recipe, prune
 from sparsellm.errors import DataError, ModelError, NumericalError
-from sparsellm.files.scratch import Scratch
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.sweep import gradients, head
 from sparsellm.method.sweep.gradients import backward_sweep, loss_gradients
 from sparsellm.model import Chain, Feed, LinearView, open_chain
@@ -78,7 +78,7 @@ def test_every_gradient_is_that_of_the_whole_model(
     )
     names = [linear.name for linear in sizes_of(chain)]
     record, seen = Record(model, IDS, names), Everything()
-    scratch = Scratch(4000, tmp_path) if lazy else Scratch()  # most of it on disk
+    scratch = Scratch(Room(4000 if lazy else None), tmp_path)  # most of it on disk
     loss = backward_sweep(Feed(chain, IDS, 45, scratch), seen.see, seen.done)
     assert loss == pytest.approx(float(record.loss.detach()) / (6 * 19), rel=1e-5)
     assert [name for block in reversed(seen.blocks) for name in block] == names
