@@ -31,9 +31,8 @@ class Grid:
     uneven: tuple[int, ...] = ()  # the numbers, ascending, if they do not follow by one
     parts: int = 0  # groups that share a unit; 0 where each has a scale of its own
     scale_bits: int = 16  # bits of the scale of each group
-    minima: bool = (
-        False  # whether a value is its number times the scale, less a minimum
-    )
+    # whether a value is its number times the scale, less a minimum
+    minima: bool = False
     narrow: str = ""  # the grid of rows that ``parts`` groups do not divide
 
     @property

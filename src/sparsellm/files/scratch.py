@@ -153,9 +153,8 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
         self._scratch = scratch
         self._device = device
-        self._stream: torch.cuda.Stream | None = (
-            None  # copies between pinned memory and the device
-        )
+        # copies between pinned memory and the device
+        self._stream: torch.cuda.Stream | None = None
         self._items: list[Tensor | _Pinned | _Slot] = []
         self._file: io.FileIO | None = None
         self._end = 0  # end of the file
