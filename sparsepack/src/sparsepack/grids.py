@@ -72,8 +72,8 @@ class Grid:
 
     @property
     def anchored(self) -> bool:
-        """Whether the anchor becomes the lowest number though another is nearer, as by a scale that was rounded much.
-        Its scale, or its sign, could not be read off another one."""
+        """Whether the anchor becomes the lowest number even where another one is nearer, because its scale was rounded
+        by much. A reader takes every anchor for the lowest number, to find the scale or its sign."""
         return self.parts > 0 or self.uneven != ()
 
     @property

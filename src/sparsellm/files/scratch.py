@@ -120,7 +120,7 @@ class _Pinned:
         return value
 
     def _copy(self, value: Tensor, *, to_host: bool) -> None:
-        # which writes the value, or had its memory
+        # The computation writes the value, or has just used its memory.
         self._stream.wait_stream(torch.cuda.current_stream(value.device))
         with torch.cuda.stream(self._stream):
             pieces = (
