@@ -26,8 +26,9 @@ from sparsepack.files import read_bytes
 
 FORMAT = 6  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
-# Pre-tokenizers by llama.cpp's names. _DIGITS split off each digit, and transformers takes them for GPT-2's; _PLAIN are
-# GPT-2's, or in files whose text is not split; releases of transformers without a table find _BY_MODEL by the model.
+# Pre-tokenizers by llama.cpp's names. Those of _DIGITS split off each digit, but transformers takes them for GPT-2's.
+# Those of _PLAIN are GPT-2's, or stand in files whose text is not split. Releases of transformers without a table of
+# pre-tokenizers choose those of _BY_MODEL by the model.
 _DIGITS = {
     "smollm",
     "starcoder",
@@ -234,13 +235,14 @@ def _complete(path: Path, config: Any) -> None:
         # Phi-4 says 0, which is none
         if hasattr(config, attribute) and isinstance(value, int | float) and value:
             setattr(config, attribute, value)
-    # no key has it
+    # which no key of the file has
     if config.num_hidden_layers == _LARGEST_GEMMAS.get(config.model_type):
         config.query_pre_attn_scalar = width
 
 
 def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
-    """Raises ModelError if the model lacks one of these scalings or biases: it would be another one."""
+    """Raises ModelError if the model lacks one of the scalings and biases ``unread``: it would compute something
+    else."""
     ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # one, or one for each kind of layer
     kinds = [

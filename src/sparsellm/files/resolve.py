@@ -88,8 +88,8 @@ def checkpoint_directory(
 
 
 def config_place(model: str, dtype: str = "auto") -> Path:
-    """A directory with the config of a model, or its config file, to plan with: as ``checkpoint_directory``, but of
-    a hub id, only the config is downloaded if it is not there."""
+    """A directory with the config of a model, or its config file, to plan with. As ``checkpoint_directory``, but for a
+    hub id only the config is downloaded."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # it cannot be a path
         path = Path(model).expanduser()
         if path.suffix == ".json" and path.is_file():
