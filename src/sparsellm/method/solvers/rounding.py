@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -56,20 +56,13 @@ ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third 
 ENDS = 6  # fractions that are tried for each end of a group with a minimum
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
 # bounds of the change of a scale in a turn, for systems that are nearly singular
-FACTORS = (
-    0.5,
-    2.0,
-)
+FACTORS = (0.5, 2.0)
 SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
 PASSES = 8  # most passes of the descent in a turn; few weights need as many
 ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
 WIDE = 256  # inputs whose moves reach all others by one product, which is twice as fast as by four
 # powers of the inputs' root mean square tried after 0; 1 was worse
-POWERS = (
-    0.25,
-    0.5,
-    0.75,
-)
+POWERS = (0.25, 0.5, 0.75)
 JUDGES = 256  # rows of the weight that choose the power
 # the least part of an error's cost that remains after compensation; fp32 does not resolve smaller ones
 LEAST_SHARE = 1e-4
@@ -215,13 +208,12 @@ class _Grid:
         extreme = grouped.gather(1, places)  # (groups, 1)
         # (groups, 1): powers of the anchors
         self.units = groups.collect(powers.expand_as(weight)).gather(1, places)
-        usual = scales_of(extreme, groups, dtype, self.units)
-        tried = (
-            scales_of(extreme * fraction, groups, dtype, self.units)
-            for fraction in FRACTIONS
-        )
+
+        def scales_at(fraction: float) -> Tensor:
+            return scales_of(extreme * fraction, groups, dtype, self.units)
+
         # (groups, 1): scales to begin with, without the powers of columns
-        self.first = self._best(usual, tried, grouped, curvature)
+        self.first = self._best(scales_at(1.0), scales_at, grouped, curvature)
         if groups.parts:
             self.first = self._whole_parts(grouped, extreme, curvature)
         free = torch.ones_like(grouped)
@@ -238,14 +230,15 @@ class _Grid:
     def _best(
         self,
         best: Tensor,
-        tried: Iterable[Tensor],
+        scales_at: Callable[[float], Tensor],
         grouped: Tensor,
         curvature: Tensor,
     ) -> Tensor:
-        """The scale of each group with the least error: one of those that are tried, each ``(groups, 1)``, or ``best``
-        if none of them has a finite error."""
+        """The scales ``(groups, 1)`` with the least error, of those at all ``FRACTIONS``; ``best`` where no error is
+        finite."""
         least = torch.full_like(best, math.inf)
-        for scales in tried:
+        for fraction in FRACTIONS:
+            scales = scales_at(fraction)
             values = self.numbers(grouped, scales).mul_(scales)
             error = _error(values, grouped, curvature)
             best = torch.where(error < least, scales, best)
@@ -268,12 +261,12 @@ class _Grid:
         widest = steps.abs().amax(dim=1, keepdim=True)
         fixed = steps.abs() == widest
 
-        def tried(fraction: float) -> Tensor:
+        def scales_at(fraction: float) -> Tensor:
             near = in_units((extreme * fraction / lowest).view_as(steps), units, grid)
             near = near.clamp(-widest, widest)
             return torch.where(fixed, steps, near).mul_(units).view_as(first)
 
-        return self._best(first, map(tried, FRACTIONS), grouped, curvature)
+        return self._best(first, scales_at, grouped, curvature)
 
     def numbers(self, values: Tensor, scales: Tensor) -> Tensor:
         """The numbers of the grid that are nearest to these values."""
@@ -322,7 +315,7 @@ def _one_after_another(
 
     With ``UᵀU = (G + λI)⁻¹`` the best change of the later inputs for an error ``e_j`` of one is ``−(e_j / U_jj) U_jk``
     (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up."""
-    order, factor = gram.remember("ordered", lambda: _ordered(gram))
+    order, factor = _ordered(gram)
     columns = target.T[order]  # (in, out), a copy
     # anchors and zeros are what they are
     result = torch.where(grid.free, 0.0, grid.nearest).T[order]
@@ -359,10 +352,13 @@ def _one_after_another(
 
 def _ordered(gram: Gram) -> tuple[Tensor, Factor]:
     """The inputs by their mean square, the largest first, and the inverse Cholesky factor in that order."""
-    order = gram.diagonal.argsort(descending=True, stable=True)
-    return order, Gram(gram.matrix[order][:, order], gram.tokens).inverse_cholesky(
-        DAMPING
-    )
+
+    def made() -> tuple[Tensor, Factor]:
+        order = gram.diagonal.argsort(descending=True, stable=True)
+        ordered = Gram(gram.matrix[order][:, order], gram.tokens)
+        return order, ordered.inverse_cholesky(DAMPING)
+
+    return gram.remember("ordered", made)
 
 
 def uncompensated(gram: Gram, *, dense: bool) -> Tensor:
@@ -378,7 +374,7 @@ def uncompensated(gram: Gram, *, dense: bool) -> Tensor:
     same share for all types: what its descent gains."""
     shrinkage = SHRINKAGE if dense else 0.0
     damped = _metric(gram, dense=dense)
-    order, factor = damped.remember("ordered", lambda: _ordered(damped))
+    order, factor = _ordered(damped)
     upper = factor.matrix
     ridge = DAMPING * gram.mean_diagonal + factor.damping * damped.mean_diagonal
     added = shrinkage * gram.diagonal[order] + ridge
