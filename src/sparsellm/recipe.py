@@ -474,15 +474,15 @@ class Recipe(BaseModel):
         if self.grid != "own" or values.get("grid", "own") != "own":
             pairs.append(("grid", "values"))
         # Where two exclude each other, a change of one removes the other.
-        for one, other in (*pairs, *((second, first) for first, second in pairs)):
-            if one in changes and other not in changes:
-                values.pop(other, None)
+        for pair in pairs:
+            for one, other in (pair, pair[::-1]):
+                if one in changes and other not in changes:
+                    values.pop(other, None)
         for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # to give its length
             if any(changes.get(name) is not None for name in ways):
-                others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()
-                values = {
-                    name: value for name, value in values.items() if name not in others
-                }
+                others = {"effort", "sweep_tokens", "passes"} - ways
+                for name in others - changes.keys():
+                    values.pop(name, None)
         return Recipe(**values)
 
     def with_settings(self, settings: list[str], /, **changes: Any) -> Recipe:
