@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.files.scratch import Scratch, TensorStore
+from sparsellm.files.scratch import Room, Scratch, TensorStore
 from sparsellm.method.gram import GramAccumulator
 from sparsellm.patterns import NM
 from sparsepack.bench import Rounds, measure, resident_bytes
@@ -300,7 +300,9 @@ def store(arguments: argparse.Namespace) -> None:
         ("pinned memory", 0, 1 << 40),
         ("file", 0, 0),
     ):
-        with Scratch(memory, on_device=on_device).store(arguments.device) as kept:
+        with Scratch(Room(memory), on_device=Room(on_device)).store(
+            arguments.device
+        ) as kept:
             for _ in range(8):
                 kept.append(torch.ones(3, size, device=arguments.device))
 

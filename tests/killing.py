@@ -32,7 +32,7 @@ from sparsellm.app import cli
 from sparsellm.errors import NumericalError, SparseLLMError
 from sparsellm.files import files, scratch, writer
 from sparsellm.files.reader import CheckpointReader
-from sparsellm.files.scratch import Scratch
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.sweep.sweep_task import TrainingSet
 from sparsellm.model import Chain, LinearView
 from sparsellm.progress import Progress
@@ -200,7 +200,7 @@ def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
     error, make = "", Scratch.__init__
     if memory is not None:  # for hidden states; the others are on disk
         Scratch.__init__ = lambda self, _=None, *args, **kwargs: make(
-            self, memory, *args, **kwargs
+            self, Room(memory), *args, **kwargs
         )  # type: ignore[method-assign]
     with dying(at, signalled=True) as steps:
         try:

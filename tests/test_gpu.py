@@ -23,7 +23,7 @@ from reference import (
     random_weight,
 )
 from sparsellm import Recipe
-from sparsellm.files.scratch import Scratch
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.gram import GramAccumulator
 from sparsepack.bench import one_run
 from sparsepack.generation import generate
@@ -163,7 +163,7 @@ def test_a_store_next_to_the_computation_is_a_list(on_device: int) -> None:
     """Long products run while copies do; each item is read before and after it is replaced."""
     expected = [torch.full((1024, 1024 + shift), float(shift)) for shift in range(6)]
     work = torch.ones(2048, 2048, device=DEVICE)
-    with Scratch(1 << 25, on_device=on_device).store(DEVICE) as store:
+    with Scratch(Room(1 << 25), on_device=Room(on_device)).store(DEVICE) as store:
         for value in expected:
             store.append(value.to(DEVICE))
         for turn in range(6):

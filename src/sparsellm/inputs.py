@@ -16,7 +16,6 @@ import yaml
 from sparsellm.errors import (
     DataError,
     RecipeError,
-    SparseLLMError,
     StorageError,
     shown,
 )
@@ -46,12 +45,10 @@ parse_json = partial(files.parse_json, error=StorageError)
 read_object = partial(files.read_object, error=StorageError)
 
 
-def parse_yaml(
-    data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError
-) -> Any:
+def parse_yaml(data: bytes | str, where: str) -> Any:
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
-    Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
-    with files.refused_as(error, where):
+    A RecipeError for tags, aliases, repeated keys and what is beyond a limit."""
+    with files.refused_as(RecipeError, where):
         text = files.text_of(data, MOST_YAML)
         depth = 0
         try:
@@ -77,11 +74,8 @@ def parse_yaml(
             place = ""
             if mark is not None:
                 place = f", line {mark.line + 1}, column {mark.column + 1}"
-            raise error(
-                f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[
-                    :300
-                ]
-            ) from None
+            why = f"{bad.problem or bad.context or 'syntax'}{place}"
+            raise RecipeError(f"{where} is not valid YAML ({why})"[:300]) from None
         except yaml.YAMLError as bad:
             raise ValueError(bad) from None
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -23,12 +24,20 @@ SAME = 0.5  # seconds; two signals within this time count as one, since `timeout
 EXIT_CODE = 128  # plus the signal, as shells show it: 130 for SIGINT, 143 for SIGTERM
 RESUMES = "; the same command resumes it:  "
 
-_received: int | None = None
-_since = 0.0  # when it was received, by time.monotonic()
-_owner = 0  # the process that installed the handlers; a fork of it is another
-_kept = ""  # a sentence that says what a stopped command leaves; it may be empty
-_whole = False  # whether that sentence is about the whole command
-_resumes = True  # whether the same command goes on from it
+
+@dataclass
+class _Command:
+    """The command that this process runs."""
+
+    process: int = 0  # that installed the handlers; a fork of it is another
+    received: int | None = None  # the signal that asked it to stop
+    since: float = 0.0  # when that was, by time.monotonic()
+    kept: str = ""  # a sentence about the files that it leaves
+    resumes: bool = True  # whether the same command goes on from these files
+    whole_said: bool = False  # whether the sentence is about the whole command
+
+
+_command = _Command()
 
 
 class Interrupted(BaseException):
@@ -37,12 +46,12 @@ class Interrupted(BaseException):
 
 def received() -> int | None:
     """The signal that asked this process to stop, or None."""
-    return _received
+    return _command.received
 
 
 def check() -> None:
     """Raises Interrupted again if a signal was received and a library swallowed the exception."""
-    if _received is not None:
+    if _command.received is not None:
         raise Interrupted
 
 
@@ -50,12 +59,8 @@ def check() -> None:
 def installed() -> Iterator[None]:
     """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside
     the main thread, where Python cannot install handlers."""
-    global _received, _kept, _owner, _resumes, _whole
-    _received = None
-    _kept = ""
-    _owner = os.getpid()
-    _resumes = True
-    _whole = False
+    global _command
+    _command = _Command(os.getpid())
     with handled_by(_stop):
         yield
         check()
@@ -94,16 +99,15 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 def _stop(signum: int, _: FrameType | None) -> None:
-    global _received, _since
     # a forked child, which ends as it would without these handlers
-    if os.getpid() != _owner:
+    if os.getpid() != _command.process:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
-    if _received is None:
-        _since = time.monotonic()  # first, since a second signal reads it
-        _received = signum
+    if _command.received is None:
+        _command.since = time.monotonic()  # first, since a second signal reads it
+        _command.received = signum
         raise Interrupted
-    if time.monotonic() - _since > SAME:
+    if time.monotonic() - _command.since > SAME:
         show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
         with contextlib.suppress(OSError):
             os.write(2, show_cursor + b"\nstopped at once\n")
@@ -111,23 +115,22 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def keeps(what: str, *, resumes: bool = True, part: bool = False) -> None:
-    """Sets what a stopped command says of the files that it leaves, and whether the same command resumes it. What is
-    said about a ``part`` of a command does not replace what was said about the whole."""
-    global _kept, _resumes, _whole
-    if not (part and _whole):
-        _kept = what
-        _resumes = resumes
-        _whole = not part
+    """Sets the sentence about the files that a stopped command leaves, and whether the same command resumes it. A step
+    that is only a ``part`` of a command does not replace the sentence of the command itself."""
+    if not (part and _command.whole_said):
+        _command.kept = what
+        _command.resumes = resumes
+        _command.whole_said = not part
 
 
 def last_words(signum: int) -> str:
     """The message about the files that are kept, and the command that resumes the run."""
     stopped = f"interrupted ({signal.Signals(signum).name}); "
-    if not _kept:
+    if not _command.kept:
         return f"{stopped}this command keeps nothing: start it again with  {command_line()}"
-    if not _resumes:
-        return stopped + _kept
-    return f"{stopped}{_kept}{RESUMES}{command_line(without='--restart')}"
+    if not _command.resumes:
+        return stopped + _command.kept
+    return f"{stopped}{_command.kept}{RESUMES}{command_line(without='--restart')}"
 
 
 def command_line(*, without: str = "") -> str:

@@ -187,24 +187,7 @@ class Recipe(BaseModel):
     """Type of the kept values: keep for the checkpoint's own; int8, int6, int5, int4 or int3 to round them while
     pruning, so that `sparsellm pack` stores them without loss."""
     grid: Annotated[
-        Literal[
-            "own",
-            "q4_0",
-            "q8_0",
-            "q6_k",
-            "q5_0",
-            "iq4_nl",
-            "iq4_xs",
-            "q3_k",
-            "q2_k",
-            "q4_k",
-            "w4a16",
-            "w4a16-64",
-            "w4a16-32",
-            "w3a16",
-            "w8a16",
-            "w8a8",
-        ],
+        Literal["own", *GRIDS],  # type: ignore[valid-type]
         Option(WHAT, "NAME"),
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
@@ -350,27 +333,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
-        """Refuses contradictions; a pattern sets ``sparsity``, and a grid ``values`` and, if nothing else does,
-        ``sparsity``, so that the recipe shows no wrong default."""
-        pattern = f"pattern {self.pattern}"
-        fixed = self.pattern is not None
-        if fixed:
-            implied = self.pattern_of(1).sparsity
-            if (
-                "sparsity" in self.model_fields_set
-                and abs(self.sparsity - implied) > 1e-9
-            ):
-                raise RecipeError(
-                    f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one"
-                )
-            object.__setattr__(self, "sparsity", implied)
+        """Refuses contradictions, and sets what a size, a pattern or a grid implies, so that the recipe shows no wrong
+        default."""
         self._size_decides()
+        if self.pattern is not None:
+            self._take_pattern()
         if self.grid != "own":
             self._take_grid(GRIDS[self.grid])
-        if self.pattern is not None and self.sparsity_of:
-            raise RecipeError(
-                f"{pattern} fixes the sparsity of every linear; leave out sparsity_of"
-            )
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             many = f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens"
             raise RecipeError(f"{many}; lower samples or seq_len")
@@ -378,9 +347,6 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"experts {self.experts:g} is neither a share below 1 nor a whole number to keep"
             )
-        if fixed and self.allocation not in (None, "uniform"):
-            both = f"allocation {self.allocation} cannot go with {pattern}, which fixes the sparsity of every linear"
-            raise RecipeError(f"{both}; leave out one")
         return self
 
     def _size_decides(self) -> None:
@@ -431,6 +397,24 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"{size} takes allocation threshold, not {self.allocation}; leave it out"
             )
+
+    def _take_pattern(self) -> None:
+        """Sets the sparsity of the pattern, and refuses what contradicts it."""
+        pattern = f"pattern {self.pattern}"
+        implied = self.pattern_of(1).sparsity
+        given = "sparsity" in self.model_fields_set
+        if given and abs(self.sparsity - implied) > 1e-9:
+            raise RecipeError(
+                f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one"
+            )
+        object.__setattr__(self, "sparsity", implied)
+        if self.sparsity_of:
+            raise RecipeError(
+                f"{pattern} fixes the sparsity of every linear; leave out sparsity_of"
+            )
+        if self.allocation not in (None, "uniform"):
+            both = f"allocation {self.allocation} cannot go with {pattern}, which fixes the sparsity of every linear"
+            raise RecipeError(f"{both}; leave out one")
 
     def _take_grid(self, grid: Grid) -> None:
         """Sets what a grid implies, and refuses what contradicts it."""
@@ -490,15 +474,15 @@ class Recipe(BaseModel):
         if self.grid != "own" or values.get("grid", "own") != "own":
             pairs.append(("grid", "values"))
         # Where two exclude each other, a change of one removes the other.
-        for one, other in (*pairs, *((second, first) for first, second in pairs)):
-            if one in changes and other not in changes:
-                values.pop(other, None)
+        for pair in pairs:
+            for one, other in (pair, pair[::-1]):
+                if one in changes and other not in changes:
+                    values.pop(other, None)
         for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # to give its length
             if any(changes.get(name) is not None for name in ways):
-                others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()
-                values = {
-                    name: value for name, value in values.items() if name not in others
-                }
+                others = {"effort", "sweep_tokens", "passes"} - ways
+                for name in others - changes.keys():
+                    values.pop(name, None)
         return Recipe(**values)
 
     def with_settings(self, settings: list[str], /, **changes: Any) -> Recipe:
@@ -643,12 +627,6 @@ def _explain(error: ValidationError) -> str:
     if key in MAPPINGS and len(first["loc"]) > 1:
         key = f"{key}.{shown(str(first['loc'][1]))[1:-1]}"
     value = first["input"]
-    percent = (
-        key.startswith("sparsity")
-        and isinstance(value, int | float)
-        and 5 <= value < 100
-    )
-    said = refusal(error, f"recipe field {key}")
     if first["type"] == "list_type":
         return f"recipe field {key} is {shown(value)}; write a list, such as {key}=['*.mlp.*']"
     if first["type"] == "dict_type":
@@ -656,6 +634,8 @@ def _explain(error: ValidationError) -> str:
     if isinstance(value, str) and first["type"] in ("float_type", "int_type"):
         hint = as_number if first["type"] == "float_type" else as_whole_number
         return f"recipe field {key} is {shown(value)}; {hint(value)}"
-    if percent:
+    said = refusal(error, f"recipe field {key}")
+    number = isinstance(value, int | float)
+    if key.startswith("sparsity") and number and 5 <= value < 100:
         said += f"; did you mean {value / 100:g}?"
     return said

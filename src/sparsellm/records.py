@@ -107,9 +107,8 @@ class LinearResult(Matrix):
     # for the user, such as a damping that was raised
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
     history: Annotated[tuple[Iteration, ...], Field(strict=False)] = ()
-    tokens: Count | None = (
-        None  # calibration tokens that were routed to it, if it belongs to an expert
-    )
+    # calibration tokens that were routed to it, if it belongs to an expert
+    tokens: Count | None = None
     pattern: str | None = None  # such as ``2:4``; None for zeros anywhere
     exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
     values: str = ""
@@ -118,11 +117,9 @@ class LinearResult(Matrix):
     def block(self) -> int:
         """The number of its block: the first number in its name; 0 if there is none."""
         number = re.search(r"(?<=\.)\d+(?=\.)", self.name)
-        return (
-            int(number.group())
-            if number is not None and len(number.group()) < 10
-            else 0
-        )
+        if number is None or len(number.group()) >= 10:
+            return 0
+        return int(number.group())
 
     @property
     def kind(self) -> str:
@@ -202,12 +199,10 @@ class SweepPass(Record):
     passes: int
     held_out: float  # on held-out windows
     sources: dict[str, float] = {}  # the same on those of each text of a mixture
-    train: float | None = (
-        None  # on the windows of the last pass, before its steps; None before the first
-    )
-    rate: float | None = (
-        None  # learning rate of the sweep, with the state before the first pass
-    )
+    # on the windows of the last pass, before its steps; None before the first
+    train: float | None = None
+    # learning rate of the sweep, with the state before the first pass
+    rate: float | None = None
 
 
 class Memory(Record):
@@ -296,21 +291,18 @@ class RunRecord(Record):
     # to which values were rounded; own for that of the packed format, or for none; mixed if linears differ
     grid: str = OWN
     seed: int = 0
-    bits_per_weight: float | None = (
-        None  # as ``pack`` (experts aside) or the grid stores pruned linears; None if kept
-    )
+    # as ``pack`` (experts aside) or the grid stores pruned linears; None if kept
+    bits_per_weight: float | None = None
     linears: list[LinearResult]
     dense: list[DenseMatrix] = []  # matrices of the blocks
     # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
     seconds: dict[str, Seconds] = {}
-    peak_rss_bytes: Count = (
-        0  # the peak of one process, in this run or an earlier start of it
-    )
+    # the peak of one process, in this run or an earlier start of it
+    peak_rss_bytes: Count = 0
     memory: Memory | None = None
     calibration_tokens: Count = 0
-    calibration_bos: str = (
-        "given"  # whether every window begins with BOS: yes, no, or given for token ids
-    )
+    # whether every window begins with BOS: yes, no, or given for token ids
+    calibration_bos: str = "given"
     processes: Count = 1
     versions: dict[str, str] = {}
     environment: dict[str, str] = {}
@@ -320,9 +312,8 @@ class RunRecord(Record):
     heads: dict[str, str] = {}
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
-    held_out: HeldOut | None = (
-        None  # None without a tokenizer, or where a warning says why
-    )
+    # None without a tokenizer, or where a warning says why
+    held_out: HeldOut | None = None
     # a record for each mixture, if experts were removed
     experts: list[ExpertsOfBlock] = []
     identity: Settings = {}  # everything that the bits of the result depend on
@@ -508,9 +499,8 @@ class Against(Measurement):
     kl_low: float | None = None
     kl_high: float | None = None
     agreement: float  # fraction of the scored tokens for which both models have the same first choice
-    recovery: float | None = (
-        None  # dense perplexity / the model's; None if the reference is pruned too
-    )
+    # dense perplexity / the model's; None if the reference is pruned too
+    recovery: float | None = None
 
     @property
     def divergence(self) -> Interval:
@@ -526,11 +516,9 @@ class Metric(Measurement):
 
     def shown(self) -> str:
         """The value with its standard error, such as ``0.61 ± 0.01``."""
-        return (
-            f"{self.value:.4g}"
-            if self.stderr is None
-            else f"{self.value:.4g} ± {self.stderr:.2g}"
-        )
+        if self.stderr is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} ± {self.stderr:.2g}"
 
 
 class Stamp(Measurement):
@@ -561,27 +549,21 @@ class Evaluation(Stamp):
     @property
     def dense(self) -> Against | None:
         """The comparison, if it is one with a dense model."""
-        return (
-            self.against
-            if self.against is not None and self.against.recovery is not None
-            else None
-        )
+        if self.against is None or self.against.recovery is None:
+            return None
+        return self.against
 
     def rows(self) -> list[tuple[str, str | None, str]]:
         """Each quantity but the tasks as text: its name, the dense model's value if it is known, and the value."""
         dense = self.dense
         if dense is None:
             return [(QUANTITIES[0], None, self.perplexity.shown())]
-        shown = (
-            dense.divergence.shown(3),
-            f"{dense.agreement:.1%}",
-            f"{dense.recovery:.1%}",
-        )
-        values = (
-            (dense.perplexity.shown(), self.perplexity.shown()),
-            *zip(("0", "100%", "100%"), shown, strict=True),
-        )
-        return [(name, *pair) for name, pair in zip(QUANTITIES, values, strict=True)]
+        return [
+            (QUANTITIES[0], dense.perplexity.shown(), self.perplexity.shown()),
+            (QUANTITIES[1], "0", dense.divergence.shown(3)),
+            (QUANTITIES[2], "100%", f"{dense.agreement:.1%}"),
+            (QUANTITIES[3], "100%", f"{dense.recovery:.1%}"),
+        ]
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
@@ -671,12 +653,11 @@ class Results(Measurement):
 
     def shown(self) -> list[Evaluation]:
         """What a card has, in order: the latest evaluation of each protocol, and the latest with tasks."""
-        latest = (
-            self.latest(),
-            {entry.protocol.key: entry for entry in self.evaluations if entry.tasks},
-        )
+        latest = [*self.latest().values()]
+        with_tasks = (entry for entry in self.evaluations if entry.tasks)
+        latest += {entry.protocol.key: entry for entry in with_tasks}.values()
         return [
             entry
             for entry in self.evaluations
-            if any(entry is of.get(entry.protocol.key) for of in latest)
+            if any(entry is other for other in latest)
         ]

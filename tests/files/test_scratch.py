@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import StorageError
-from sparsellm.files.scratch import Scratch, TensorStore, _Pinned, _Slot, powers
+from sparsellm.files.scratch import Room, Scratch, TensorStore, _Pinned, _Slot, powers
 from sparsellm.machine import pinned
 from sparsepack.errors import Note
 from tests.killing import full_disk
@@ -49,7 +49,7 @@ actions = st.lists(
 @given(actions=actions, memory=st.sampled_from([None, 0, 2 * BATCH, 5 * BATCH]))
 def test_a_store_is_a_list(actions: list[Any], memory: int | None) -> None:
     expected: list[torch.Tensor] = []
-    with Scratch(memory).store() as store:
+    with Scratch(Room(memory)).store() as store:
         for kind, value, *place in actions:
             if kind == "append":
                 store.append(batch(value))
@@ -75,7 +75,7 @@ def test_a_store_is_a_list(actions: list[Any], memory: int | None) -> None:
 
 
 def test_stores_share_one_budget_and_give_it_back() -> None:
-    scratch = Scratch(memory=3 * BATCH)
+    scratch = Scratch(Room(3 * BATCH))
     first, second = scratch.store(), scratch.store()
     for value in range(2):
         first.append(batch(value))
@@ -90,7 +90,7 @@ def test_stores_share_one_budget_and_give_it_back() -> None:
 
 
 def test_advancing_in_place_writes_no_new_room(tmp_path: Path) -> None:
-    store = Scratch(0, tmp_path).store()
+    store = Scratch(Room(0), tmp_path).store()
     for value in range(3):
         store.append(batch(value))
     for step in range(5):
@@ -102,7 +102,7 @@ def test_advancing_in_place_writes_no_new_room(tmp_path: Path) -> None:
 
 def test_an_item_is_no_alias_and_keeps_nothing_else(tmp_path: Path) -> None:
     for memory in (None, 0):
-        store = Scratch(memory, tmp_path).store()
+        store = Scratch(Room(memory), tmp_path).store()
         store.append((torch.ones(1000, requires_grad=True) * 2)[:2])
         assert not store[0].requires_grad
         assert store[0].untyped_storage().nbytes() == 8
@@ -114,7 +114,7 @@ def test_an_item_is_no_alias_and_keeps_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
-    store: TensorStore = Scratch(0, tmp_path).store()
+    store: TensorStore = Scratch(Room(0), tmp_path).store()
     with full_disk(1), pytest.raises(StorageError, match="full; make room"):
         store.append(batch(1))
 

@@ -136,8 +136,10 @@ def _in_fp16(grid: Grid, dtype: torch.dtype) -> bool:
 
 
 def _readable(stored: Tensor, number: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Scales, or units, that are read off their anchors again, the ``number`` of each: a small one was rounded away
-    from 0, and its anchor may lead to the next lower one, which then clips a value by little."""
+    """Scales, or units, that a reader finds again from the anchors, each of which is ``number`` of them.
+
+    A small one was rounded away from 0, and its anchor, rounded too, may lead a reader to the next lower one. That one
+    is then taken, and clips a value by a little."""
     read = as_stored(number, stored, dtype) / grid.lowest / grid.lowest_scale
     small = stored.abs() <= FEW * LEAST
     return torch.where(small, _stored(read, grid, dtype), stored)
@@ -164,8 +166,8 @@ def _stored(scales: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 
 
 def _in_half(scales: Tensor, *, up: bool) -> Tensor:
-    """Scales of bf16 that fp16 has too: small ones are rounded ``up``, away from 0, so that none is lost and no value
-    lies beyond the last number; or to the nearest."""
+    """Scales of bf16 as numbers of fp16, which has all but small ones. With ``up`` those are rounded away from 0, so
+    that none becomes 0 and no value lies beyond the last number; else to the nearest."""
     multiples = scales.abs() / LEAST
     steps = multiples.ceil() if up else multiples.round()
     return torch.where(multiples < FEW, steps.mul_(LEAST) * scales.sign(), scales)

@@ -31,9 +31,8 @@ class Grid:
     uneven: tuple[int, ...] = ()  # the numbers, ascending, if they do not follow by one
     parts: int = 0  # groups that share a unit; 0 where each has a scale of its own
     scale_bits: int = 16  # bits of the scale of each group
-    minima: bool = (
-        False  # whether a value is its number times the scale, less a minimum
-    )
+    # whether a value is its number times the scale, less a minimum
+    minima: bool = False
     narrow: str = ""  # the grid of rows that ``parts`` groups do not divide
 
     @property
@@ -73,8 +72,8 @@ class Grid:
 
     @property
     def anchored(self) -> bool:
-        """Whether the anchor becomes the lowest number though another is nearer, as by a scale that was rounded much.
-        Its scale, or its sign, could not be read off another one."""
+        """Whether the anchor becomes the lowest number even where another one is nearer, because its scale was rounded
+        by much. A reader takes every anchor for the lowest number, to find the scale or its sign."""
         return self.parts > 0 or self.uneven != ()
 
     @property

@@ -330,9 +330,8 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rounded = activations_of() == "int8"
-        self.transposed = (
-            False  # whether the model had a Conv1D here, whose weight is (in, out)
-        )
+        # whether the model had a Conv1D here, whose weight is (in, out)
+        self.transposed = False
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
         for name in PACKED_BUFFERS:
             self.register_buffer(name, None)

@@ -60,9 +60,8 @@ class PackedQuantizer(HfQuantizer):
 
     Loading raises a FormatError if files are damaged, do not fit ``config.json``, or are not those of the model."""
 
-    requires_calibration = (
-        True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
-    )
+    # a dense checkpoint is packed by `sparsellm pack`, not while loading
+    requires_calibration = True
     is_trainable = False
 
     quantization_config: PackedConfig

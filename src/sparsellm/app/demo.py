@@ -153,46 +153,47 @@ def run_demo(
     with phase("evaluate"):
         evaluation, q4_0 = _evaluated(dense, packed, progress)
     with phase("bench"):
-        sizes = {
-            "prompt_tokens": PROMPT_TOKENS,
-            "new_tokens": NEW_TOKENS,
-            "repeats": ROUNDS,
-        }
         speeds = compared_speed(
-            packed, dense, progress=progress, device="cpu", dtype="bfloat16", **sizes
+            packed,
+            dense,
+            progress=progress,
+            device="cpu",
+            dtype="bfloat16",
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=NEW_TOKENS,
+            repeats=ROUNDS,
         )
-        llama_cpp = (
-            _alone(speed_of_q4_0, demo_gguf()) if find_spec("llama_cpp") else None
-        )
+        llama_cpp = None
+        if find_spec("llama_cpp"):
+            llama_cpp = _alone(speed_of_q4_0, demo_gguf())
     with phase("generate"):
-        answers = [_alone(_answer, path) for path in (dense, packed)]
-        texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
+        dense_answer, dense_peak = _alone(_answer, dense)
+        packed_answer, packed_peak = _alone(_answer, packed)
+    texts = Continuation(prompt=QUESTION, dense=dense_answer, pruned=packed_answer)
     api.keep_results(packed, [evaluation, speeds, texts])
-    assert evaluation.against is not None
-    # both are directories
-    assert speeds.dense_disk_bytes is not None
-    assert speeds.packed_disk_bytes is not None
-    of_dense = evaluation.model_copy(
-        update={"perplexity": evaluation.against.perplexity, "against": None}
-    )
     return DemoResult(
         dense_path=dense,
         compressed=compressed,
-        dense=Form(
-            weight_bytes=speeds.dense_disk_bytes,
-            evaluation=of_dense,
-            peak_rss_bytes=answers[0][1],
-        ),
-        packed=Form(
-            weight_bytes=speeds.packed_disk_bytes,
-            evaluation=evaluation,
-            peak_rss_bytes=answers[1][1],
-        ),
+        dense=_form(speeds.dense_disk_bytes, _of_dense(evaluation), dense_peak),
+        packed=_form(speeds.packed_disk_bytes, evaluation, packed_peak),
         q4_0=q4_0,
         speeds=speeds,
         texts=texts,
         q4_0_tokens_per_second=llama_cpp,
         seconds=clock.seconds,
+    )
+
+
+def _form(size: int | None, evaluation: Evaluation, peak: int) -> Form:
+    assert size is not None, "both forms are directories"
+    return Form(weight_bytes=size, evaluation=evaluation, peak_rss_bytes=peak)
+
+
+def _of_dense(evaluation: Evaluation) -> Evaluation:
+    """The evaluation of the dense model that another one was compared with."""
+    assert evaluation.against is not None
+    return evaluation.model_copy(
+        update={"perplexity": evaluation.against.perplexity, "against": None}
     )
 
 
@@ -269,6 +270,7 @@ def speed_of_q4_0(source: Path, threads: int) -> float:
 
 
 def _answer(path: Path, threads: int) -> tuple[str, int]:
+    """What a model answers to the question, and the peak memory of the process."""
     model = load(path, dtype="bfloat16")
     tokenizer = load_tokenizer(path)
     assert model.generation_config is not None

@@ -38,9 +38,8 @@ class Kept:
     def __init__(self, chain: Chain, name: str) -> None:
         self.chain = chain
         self.name = name
-        self._kept: tuple[Tensor, list[Tensor]] | None = (
-            None  # windows, and the outputs of the last block
-        )
+        # windows, and the outputs of the last block
+        self._kept: tuple[Tensor, list[Tensor]] | None = None
 
     def outputs(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
         """Same as ``_outputs``; the outputs on the first windows that it is called with are kept."""

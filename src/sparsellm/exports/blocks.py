@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsepack.grid import split
-from sparsepack.grids import BLOCK, GGUF, Grid, grid_for
+from sparsepack.codes import Levels, anchors, whole_numbers
+from sparsepack.grid import in_units, split
+from sparsepack.grids import BLOCK, GGUF, GRIDS, Grid, grid_for
 from sparsepack.minima import split_lines
 
-SUPER = 256  # numbers in a block of the types that end in K, and of IQ4_XS
 TYPES = {4: "Q4_0", 8: "Q8_0"}  # types of the grids of compressed-tensors, by bits
 
 
@@ -32,7 +32,7 @@ def to_blocks(codes: Tensor, scales: Tensor, grid: Grid) -> np.ndarray:
     if grid.uneven:
         levels = torch.tensor(grid.numbers, dtype=torch.int8)
         codes = torch.bucketize(codes, levels)  # their places
-    elif grid.bits < 8 and grid.name != "q3_k" and not grid.minima:
+    elif grid.bits < 8:
         codes = codes - grid.lowest
     numbers = codes.numpy().astype(np.int8).reshape(-1, grid.columns)
     if not grid.parts:
@@ -45,7 +45,12 @@ def to_blocks(codes: Tensor, scales: Tensor, grid: Grid) -> np.ndarray:
         parts = steps.numpy().astype(np.int8)
         form = {"q6_k": _q6_k, "q3_k": _q3_k, "iq4_xs": _iq4_xs}[grid.name]
         pieces = form(numbers.view(np.uint8), parts, _halves(units))
-    flat = [piece.reshape(len(numbers), -1).view(np.uint8) for piece in pieces]
+    return _joined(pieces, rows)
+
+
+def _joined(pieces: list[np.ndarray], rows: int) -> np.ndarray:
+    """The bytes of rows from the pieces of their blocks, ``(blocks, …)``, which follow each other in each block."""
+    flat = [piece.reshape(len(piece), -1).view(np.uint8) for piece in pieces]
     return np.concatenate(flat, axis=1).reshape(rows, -1)
 
 
@@ -78,15 +83,13 @@ def _q6_k(
 ) -> list[np.ndarray]:
     """Numbers 0 … 63 ``(blocks, 256)``, scales int8 ``(blocks, 16)`` and units as bytes: low four bits, high two,
     scales, unit."""
-    low = numbers.reshape(-1, 2, 128)
-    fours = [_pairs(low[:, half], 128) for half in range(2)]
-    return [np.concatenate(fours, axis=1), _twos(numbers >> 4), parts, units]
+    return [_pairs(numbers, 128), _twos(numbers >> 4, 128), parts, units]
 
 
-def _twos(bits: np.ndarray) -> np.ndarray:
-    """Two bits of each of 256 numbers. Each half takes 32 bytes: byte ``j`` has those of ``j``, ``j + 32``, ``j + 64``
-    and ``j + 96``."""
-    quarters = (bits & 3).reshape(len(bits), 2, 4, 32)
+def _twos(numbers: np.ndarray, together: int) -> np.ndarray:
+    """The low two bits of numbers. A run of ``together`` numbers takes a quarter as many bytes: byte ``j`` has number
+    ``j`` and, above it, those that are one, two and three quarters of a run later."""
+    quarters = (numbers & 3).reshape(len(numbers), -1, 4, together // 4)
     shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1)
     twos: np.ndarray = np.bitwise_or.reduce(quarters << shifts, axis=2)
     return twos
@@ -95,15 +98,13 @@ def _twos(bits: np.ndarray) -> np.ndarray:
 def _q3_k(
     numbers: np.ndarray, parts: np.ndarray, units: np.ndarray
 ) -> list[np.ndarray]:
-    """Numbers -4 … 3 as bytes ``(blocks, 256)``, scales ``(blocks, 16)`` and units: whether numbers are not negative,
-    byte ``j`` for ``j``, ``j + 32`` and so on; their low two bits; low four bits of scales, high two; unit."""
-    above = (numbers < 128).astype(np.uint8).reshape(-1, 8, 32)
-    high = np.packbits(above, axis=1, bitorder="little")
+    """Numbers 0 … 7 ``(blocks, 256)``, scales ``(blocks, 16)`` and units: high bits of numbers, byte ``j`` for ``j``,
+    ``j + 32`` and so on; their low two bits; low four bits of scales, high two; unit."""
+    eighths = (numbers >> 2).reshape(-1, 8, 32)
+    high = np.packbits(eighths, axis=1, bitorder="little")
     scales = (parts + 32).view(np.uint8)
     low = _pairs(scales, 16)
-    shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1)
-    top = np.bitwise_or.reduce((scales >> 4).reshape(-1, 4, 4) << shifts, axis=1)
-    return [high, _twos(numbers), low, top, units]
+    return [high, _twos(numbers, 128), low, _twos(scales >> 4, 16), units]
 
 
 def _iq4_xs(
@@ -127,7 +128,7 @@ def _with_minima(numbers: np.ndarray, lines: Tensor, grid: Grid) -> list[np.ndar
     minima = depths.numpy().astype(np.uint8)
     halves = [_halves(units), _halves(of_minima)]
     if grid.bits == 2:
-        return [scales | minima << 4, _twos(numbers), *halves]
+        return [scales | minima << 4, _twos(numbers, 128), *halves]
     # six bits each; of the last four, the high two lie above the first four
     first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, minima)]
     last = (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4
@@ -138,38 +139,23 @@ def quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray
     """Rows ``(rows, columns)`` in fp32 in a type of GGUF, as uint8 or floating point; also Q6_K, unlike gguf-py."""
     if kind != gguf.GGMLQuantizationType.Q6_K:
         return gguf.quantize(values, kind)
-    return np.concatenate(
-        [
-            _to_q6_k(values[start : start + 4096])
-            for start in range(0, len(values), 4096)
-        ]
-    )
+    rows = torch.from_numpy(values).split(4096)
+    return np.concatenate([_nearest_q6_k(few) for few in rows])
 
 
-def _to_q6_k(values: np.ndarray) -> np.ndarray:
-    """Q6_K: 256 numbers, -32 … 31, in 16 parts with scales of int8 times one in fp16; the largest magnitude is -32."""
-    parts = values.reshape(-1, 16, 16)
-    scales = _extreme(parts) / -32  # (blocks, 16, 1)
-    unit = (_extreme(scales[..., 0]) / -128).astype(np.float16)  # (blocks, 1)
-    levels = np.clip(_rounded(scales[..., 0], unit.astype(np.float32)), -128, 127)
-    steps = (unit.astype(np.float32) * levels)[..., None]
-    numbers = (np.clip(_rounded(parts, steps), -32, 31) + 32).astype(np.uint8)
-    pieces = _q6_k(
-        numbers.reshape(-1, SUPER), levels.astype(np.int8), unit.view(np.uint8)
-    )
-    return np.concatenate(
-        [piece.reshape(len(parts), -1).view(np.uint8) for piece in pieces], axis=1
-    ).reshape(len(values), -1)
-
-
-def _extreme(values: np.ndarray) -> np.ndarray:
-    """The value of largest magnitude along the last axis, which stays."""
-    return np.take_along_axis(values, np.abs(values).argmax(-1, keepdims=True), -1)
-
-
-def _rounded(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """The nearest whole numbers of steps; 0 where a step is 0."""
-    numbers: np.ndarray = np.rint(
-        np.divide(values, steps, out=np.zeros_like(values), where=steps != 0)
-    )
-    return numbers
+def _nearest_q6_k(rows: Tensor) -> np.ndarray:
+    """Q6_K of values ``(rows, columns)``. Scales follow from the largest magnitudes, units from the largest scales."""
+    grid = GRIDS["q6_k"]
+    grouped = rows.reshape(-1, grid.group)
+    extreme = grouped.gather(1, anchors(grouped))
+    of_parts = (extreme / grid.lowest).view(-1, grid.parts)
+    widest = of_parts.gather(1, anchors(of_parts)) / grid.lowest_scale
+    halves = widest.numpy().astype(np.float16)  # numpy raises an overflow
+    units = torch.from_numpy(halves).float()
+    steps = in_units(of_parts, units, grid)
+    scales = (steps * units).view(-1, 1)
+    numbers = whole_numbers(grouped, scales, Levels(grid.numbers), zero=True)
+    codes = (numbers - grid.lowest).view(-1, grid.columns)
+    parts = steps.numpy().astype(np.int8)
+    pieces = _q6_k(codes.numpy().astype(np.uint8), parts, halves.view(np.uint8))
+    return _joined(pieces, len(rows))

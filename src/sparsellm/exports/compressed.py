@@ -23,9 +23,8 @@ from sparsellm.report.card import CARD, card_text
 from sparsepack.bench import weight_file_bytes
 from sparsepack.grids import GRIDS, Grid
 
-_INT8_ACTIVATIONS = (
-    "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
-)
+# weights of this grid are stored as int8, since integers are multiplied
+_INT8_ACTIVATIONS = "w8a8"
 
 
 def check_compressed(model: OnGrid) -> None:

@@ -356,8 +356,6 @@ class Contents:
         """The order that puts rows of the source where the template has them, less a shift; None if none does."""
         before = self._rows(self.source, tensor)
         there = (values_of(tensor) - shift).to(before.dtype)
-        if there.shape != before.shape:
-            return None
         return row_order(there, before, self._rows(self.model.reader, tensor))
 
     def _rows(self, reader: CheckpointReader, tensor: gguf.ReaderTensor) -> Tensor:

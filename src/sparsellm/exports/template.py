@@ -113,10 +113,11 @@ def values_of(tensor: gguf.ReaderTensor) -> Tensor:
 
 
 def row_order(there: Tensor, before: Tensor, now: Tensor) -> Tensor | None:
-    """The row of ``before`` that each row of ``there`` is; all are matrices of one shape, the first two of one dtype.
+    """The row of ``before`` that each row of ``there`` is. All are matrices, the first two of one dtype, the last two
+    of one shape.
 
-    None if a row of ``there`` is not in ``before``. Rows that are equal in ``before`` may be confused, so None too
-    if they differ in ``now``, which is put in the same order."""
+    None if the rows of ``there`` are not those of ``before``. Rows that are equal in ``before`` may be confused, so
+    None too if they differ in ``now``, which is put in the same order."""
     order = torch.arange(len(before))
     if torch.equal(there, before):
         return order

@@ -150,7 +150,8 @@ def unknown_entries(directory: Path) -> list[str]:
 
 
 def companions_of(model: Path, *more: str) -> dict[Path, str]:
-    """A model's config, tokenizer, licence and the like, and files named in ``more``: their names there, in order."""
+    """The files that belong to a model next to its config and weights, such as its tokenizer and licence, and those
+    named in ``more``; with their names in its directory, in order."""
     every = sorted([*model.iterdir(), *model.glob("additional_chat_templates/*")])
     names = {
         file: file.relative_to(model).as_posix() for file in every if file.is_file()
@@ -202,7 +203,8 @@ def changing(
 
 
 def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
-    """Names in a directory except ordinary files that are ours, by name and path, or torn, and folders of these."""
+    """The names in a directory that are not ours. Ours are ordinary files for which ``ours(name, path)`` is true, those
+    that a killed process was writing, and folders of both."""
 
     def known(path: Path, depth: int = 0) -> bool:
         if path.is_symlink():

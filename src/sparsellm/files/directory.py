@@ -189,8 +189,8 @@ def check_identity(
     identity: Mapping[str, object],
     model: str = "",
 ) -> None:
-    """A StorageError if the unfinished run in a working directory, with the identity ``left``, is another one than that
-    of ``model``, which is empty for an object."""
+    """Raises StorageError if the unfinished run in a working directory, whose identity is ``left``, is another one.
+    ``model`` is the name of this run's model, for the message; empty for an object."""
     if left is None or left == identity:
         return
     digest = identity.get("model")

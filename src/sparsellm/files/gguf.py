@@ -26,8 +26,9 @@ from sparsepack.files import read_bytes
 
 FORMAT = 6  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
-# Pre-tokenizers by llama.cpp's names. _DIGITS split off each digit, and transformers takes them for GPT-2's; _PLAIN are
-# GPT-2's, or in files whose text is not split; releases of transformers without a table find _BY_MODEL by the model.
+# Pre-tokenizers by llama.cpp's names. Those of _DIGITS split off each digit, but transformers takes them for GPT-2's.
+# Those of _PLAIN are GPT-2's, or stand in files whose text is not split. Releases of transformers without a table of
+# pre-tokenizers choose those of _BY_MODEL by the model.
 _DIGITS = {
     "smollm",
     "starcoder",
@@ -98,12 +99,36 @@ def _convert(path: Path, dtype: torch.dtype, folder: Path) -> Path:
         raise MemoryBudgetError(
             f"{said} {free / 1e9:.1f} GB are free; give the Hugging Face checkpoint"
         )
+    directory = folder / "checkpoint"
+    with without_bars():
+        tokenizer, loaded = _load(path, folder)
+        _complete(path, loaded.config.get_text_config())
+        model = _plain(loaded, dtype)
+        _refuse_lost(path, unread, model)
+        if split in _DIGITS:
+            _split_digits(tokenizer)
+        _end_turns(model, tokenizer)
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    settings = directory / "tokenizer_config.json"
+    # Tools with transformers 4 refuse the class name that version 5 writes.
+    named = {
+        **json.loads(settings.read_text(encoding="utf-8")),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    settings.write_text(
+        json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    write_list(directory, {})
+    return directory
+
+
+def _load(path: Path, folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and model of the file, as transformers reads them; ``folder`` is for links to it."""
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    directory = folder / "checkpoint"
     alone = folder / "gguf" / path.name
     alone.parent.mkdir()
     # transformers would take a tokenizer.json next to the file
@@ -111,64 +136,64 @@ def _convert(path: Path, dtype: torch.dtype, folder: Path) -> Path:
     # in later releases, which else keep weights quantised
     config = getattr(transformers, "GgufConfig", None)
     dense = {} if config is None else {"quantization_config": config(dequantize=True)}
-    with without_bars():
-        try:
-            # Not AutoTokenizer, which would parse the whole file again to choose this class.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                alone.parent, gguf_file=path.name
-            )
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                alone.parent, gguf_file=path.name, output_loading_info=True, **dense
-            )
-        except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
-            raise ModelError(
-                f"{path} cannot be converted: {one_line(error)}; the file is damaged or cut short (fetch it again), or "
-                f"transformers {transformers.__version__} does not read its architecture (give a Hugging Face "
-                "checkpoint instead)"
-            ) from error
-        model, report = loaded
-        if missing := sorted(report["missing_keys"]):  # transformers makes random ones
-            raise ModelError(
-                f"{path} cannot be converted: it has no weight {missing[0]}, nor {len(missing) - 1} more of its model; "
-                "the file is damaged, or of another model: fetch it again"
-            )
-        # transformers does not save a model that it dequantised: its weights go into one without quantisation.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        _complete(path, model.config.get_text_config())
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        plain.load_state_dict(model.state_dict(), assign=True)
-        plain.tie_weights()
-        _refuse_lost(path, unread, plain)
-        if split in _DIGITS:
-            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-                [Digits(individual_digits=True), ByteLevel(False)]
-            )
-        plain.generation_config = model.generation_config
-        ends = [name for name in _TURN_ENDS if name in tokenizer.get_vocab()]
-        # transformers reads one, a model that chats ends turns with another
-        known = plain.config.eos_token_id
-        if isinstance(known, int) and ends:
-            plain.generation_config.eos_token_id = sorted(
-                {known, *tokenizer.convert_tokens_to_ids(ends)}
-            )
-        plain.config.dtype = dtype
-        plain.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    settings = directory / "tokenizer_config.json"
-    named = {
-        **json.loads(settings.read_text(encoding="utf-8")),
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    # Tools with transformers 4 refuse the class name that version 5 writes.
-    settings.write_text(
-        json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    try:
+        # Not AutoTokenizer, which would parse the whole file again to choose this class.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            alone.parent, gguf_file=path.name
+        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            alone.parent, gguf_file=path.name, output_loading_info=True, **dense
+        )
+    except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
+        raise ModelError(
+            f"{path} cannot be converted: {one_line(error)}; the file is damaged or cut short (fetch it again), or "
+            f"transformers {transformers.__version__} does not read its architecture (give a Hugging Face "
+            "checkpoint instead)"
+        ) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers makes random ones
+        raise ModelError(
+            f"{path} cannot be converted: it has no weight {missing[0]}, nor {len(missing) - 1} more of its model; "
+            "the file is damaged, or of another model: fetch it again"
+        )
+    return tokenizer, model
+
+
+def _plain(loaded: Any, dtype: torch.dtype) -> Any:
+    """A model without quantisation that has the weights of a loaded one, in ``dtype``: transformers does not save a
+    model that it dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(loaded.config)
+    for parameter in loaded.parameters():
+        parameter.data = parameter.data.to(dtype)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    plain.config.dtype = dtype
+    return plain
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Makes a tokenizer split off each digit, which transformers does not read from the file."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(False)]
     )
-    write_list(directory, {})
-    return directory
+
+
+def _end_turns(model: Any, tokenizer: Any) -> None:
+    """Adds the tokens that end a turn of a chat to the one end that transformers reads."""
+    ends = [name for name in _TURN_ENDS if name in tokenizer.get_vocab()]
+    known = model.config.eos_token_id
+    if isinstance(known, int) and ends:
+        model.generation_config.eos_token_id = sorted(
+            {known, *tokenizer.convert_tokens_to_ids(ends)}
+        )
 
 
 def _known_splits() -> set[str]:
@@ -210,13 +235,14 @@ def _complete(path: Path, config: Any) -> None:
         # Phi-4 says 0, which is none
         if hasattr(config, attribute) and isinstance(value, int | float) and value:
             setattr(config, attribute, value)
-    # no key has it
+    # which no key of the file has
     if config.num_hidden_layers == _LARGEST_GEMMAS.get(config.model_type):
         config.query_pre_attn_scalar = width
 
 
 def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
-    """Raises ModelError if the model lacks one of these scalings or biases: it would be another one."""
+    """Raises ModelError if the model lacks one of the scalings and biases ``unread``: it would compute something
+    else."""
     ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # one, or one for each kind of layer
     kinds = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -40,7 +41,7 @@ def check_header(path: Path) -> tuple[list[str], str, int]:
     size = os.stat(path).st_size
     try:
         with path.open("rb") as file:
-            sizes, tensors, largest, unread, split, weights = _read_all(file, size)
+            sizes, split, names, shapes = _read_all(file, size)
     except (ValueError, struct.error) as error:
         raise ModelError(
             f"{path} cannot be converted: {error}; it is damaged or cut short: fetch it again"
@@ -54,23 +55,23 @@ def check_header(path: Path) -> tuple[list[str], str, int]:
         raise ModelError(
             f"{path} cannot be converted: it does not say how many blocks it has; fetch it again"
         )
-    for key in (*depths, *filter(_SIZES.fullmatch, sizes)):
-        if (
-            not 0
-            <= sizes[key]
-            <= (min(tensors, DEEPEST) if key in depths else max(MANY, largest))
-        ):
-            has = f"has {tensors} tensors of at most {largest} rows or columns (blocks: at most {DEEPEST})"
+    largest = max(itertools.chain((0,), *shapes))
+    limits = dict.fromkeys(depths, min(len(shapes), DEEPEST))
+    limits |= dict.fromkeys(filter(_SIZES.fullmatch, sizes), max(MANY, largest))
+    for key, most in limits.items():
+        if sizes[key] > most:
+            has = f"has {len(shapes)} tensors of at most {largest} rows or columns (blocks: at most {DEEPEST})"
             raise ModelError(
                 f"{path} cannot be converted: it says {key} {sizes[key]}, and {has}; fetch it again"
             )
-    return unread, split, weights
+    unread = list(filter(_UNREAD.fullmatch, names))
+    return unread, split, sum(map(math.prod, shapes))
 
 
 def _read_all(
     file: BinaryIO, size: int
-) -> tuple[dict[str, int], int, int, list[str], str, int]:
-    """The integers by key, the number of tensors, their largest dimension, and what ``check_header`` returns."""
+) -> tuple[dict[str, int], str, list[str], list[tuple[int, ...]]]:
+    """The integers by key, the way in which text is split, the names of all keys and tensors, and the shapes."""
     file.seek(4)  # after the magic
     version, tensors, pairs = _read(file, "<IQQ")
     if version not in (2, 3):
@@ -95,24 +96,15 @@ def _read_all(
         if kind in _INTEGERS:
             # the larger where a key is repeated
             sizes[key] = max(int.from_bytes(raw, "little"), sizes.get(key, 0))
-    largest = weights = 0
+    shapes = []
     for _ in range(tensors):
         names.append(_text(file, size))
         (count,) = _read(file, "<I")
         if count > 8:
             raise ValueError(f"a tensor has {count} dimensions")
-        shape = _read(file, f"<{count}Q")
-        largest = max(largest, *shape, 0)
-        weights = weights + math.prod(shape)
+        shapes.append(_read(file, f"<{count}Q"))
         _read(file, "<IQ")
-    return (
-        sizes,
-        tensors,
-        largest,
-        [name for name in names if _UNREAD.fullmatch(name)],
-        split,
-        weights,
-    )
+    return sizes, split, names, shapes
 
 
 def _value(file: BinaryIO, kind: int, size: int) -> bytes:

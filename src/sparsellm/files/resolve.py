@@ -13,6 +13,7 @@ from sparsellm.files.named import (
     GIVE,
     check_name,
     hub_reason,
+    is_gguf,
     not_found,
     remember,
 )
@@ -65,7 +66,7 @@ def checkpoint_directory(
         raise ModelError(
             f"{argument} {model!r:.100} cannot be looked up: {one_line(error)}"
         ) from None
-    if path.suffix.lower() == ".gguf" and not path.is_dir():
+    if is_gguf(path) and not path.is_dir():
         if not path.is_file():
             raise ModelError(
                 f"{argument} {model} is not a file; give the path of a .gguf file"
@@ -87,13 +88,13 @@ def checkpoint_directory(
 
 
 def config_place(model: str, dtype: str = "auto") -> Path:
-    """A directory with the config of a model, or its config file, to plan with: as ``checkpoint_directory``, but of
-    a hub id, only the config is downloaded if it is not there."""
+    """A directory with the config of a model, or its config file, to plan with. As ``checkpoint_directory``, but for a
+    hub id only the config is downloaded."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # it cannot be a path
         path = Path(model).expanduser()
         if path.suffix == ".json" and path.is_file():
             return path
-        if not path.exists() and model != "demo" and path.suffix != ".gguf":
+        if not path.exists() and model != "demo" and not is_gguf(path):
             check_name(model)
             return _from_hub(model, "model", _CONFIG)
     return checkpoint_directory(model, dtype=dtype)

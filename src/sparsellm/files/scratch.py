@@ -42,7 +42,8 @@ class Scratch:
 
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
-    A number of bytes is a fixed room, None one without a limit; a ``directory`` of None is the system's temporary one.
+    Without ``memory`` it has no limit; without ``directory`` files are in the system's temporary one; without
+    ``on_device`` there is no room on the device.
 
     Attributes:
         on_disk: the most bytes that were in files at any time.
@@ -50,13 +51,13 @@ class Scratch:
 
     def __init__(
         self,
-        memory: Room | int | None = None,
+        memory: Room | None = None,
         directory: Path | None = None,
-        on_device: Room | int = 0,
+        on_device: Room | None = None,
     ) -> None:
         self.directory = directory or Path(tempfile.gettempdir())
-        self.memory = _room(memory)
-        self.on_device = _room(on_device)
+        self.memory = memory or Room()
+        self.on_device = on_device or Room(0)
         self.pins = True  # until the system refuses to pin memory
         self.on_disk = 0
         self._in_files = 0
@@ -69,10 +70,6 @@ class Scratch:
         """Notes that files grew by ``size`` bytes, or shrank by as many if it is negative."""
         self._in_files += size
         self.on_disk = max(self.on_disk, self._in_files)
-
-
-def _room(room: Room | int | None) -> Room:
-    return room if isinstance(room, Room) else Room(room)
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ class _Pinned:
         return value
 
     def _copy(self, value: Tensor, *, to_host: bool) -> None:
-        # which writes the value, or had its memory
+        # The computation writes the value, or has just used its memory.
         self._stream.wait_stream(torch.cuda.current_stream(value.device))
         with torch.cuda.stream(self._stream):
             pieces = (
@@ -156,9 +153,8 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
         self._scratch = scratch
         self._device = device
-        self._stream: torch.cuda.Stream | None = (
-            None  # copies between pinned memory and the device
-        )
+        # copies between pinned memory and the device
+        self._stream: torch.cuda.Stream | None = None
         self._items: list[Tensor | _Pinned | _Slot] = []
         self._file: io.FileIO | None = None
         self._end = 0  # end of the file

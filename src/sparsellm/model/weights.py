@@ -322,11 +322,11 @@ class ModelWeights:
         finally:
             self._release(self._run_outer)
 
-    def outer_elements(self, *, head: bool = True) -> int:
+    def outer_elements(self) -> int:
         """The number of elements that ``outer`` loads."""
         return sum(
             self.value(name).numel()
-            for name in {self._names(name)[0] for name in self._outer_names(head)}
+            for name in {self._names(name)[0] for name in self._run_outer}
         )
 
     def forget_shared(self) -> None:

@@ -36,9 +36,8 @@ from sparsellm.report.checkpoint import (
 from sparsellm.report.document import page, write_page
 
 DENSE = "dense"  # the name of the dense model, which no run has
-RECOVERY = (
-    0.95  # the least one of a recommended run, unless something else is asked for
-)
+# the least one of a recommended run, unless something else is asked for
+RECOVERY = 0.95
 SAME = 0.01  # how far perplexities of one dense model differ at most, since products are rounded
 _LARGE_SPAN = 3.0  # a ratio of perplexities from which their axis is logarithmic
 _Values = dict[str, float]  # what was measured of a run, by column

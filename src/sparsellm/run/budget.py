@@ -25,9 +25,8 @@ from sparsellm.model.experts import ExpertLinear
 from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 
-HOST_SHARE = (
-    0.8  # share of the free memory; the rest is for the page cache and other processes
-)
+# share of the free memory; the rest is for the page cache and other processes
+HOST_SHARE = 0.8
 DEVICE_SHARE = 0.9  # share of the free memory of a GPU; the rest is for libraries, and for holes between tensors
 SLACK = 0.05  # hidden states leave this part of the budget free, since the next block may take a little more
 BLOCK_COPIES = 8  # fp32 copies of the largest block that the first one is expected to take, until it has shown it
@@ -152,8 +151,7 @@ class Budget:
 
     def scratch(self, folder: Path | None) -> Scratch:
         """Storage for hidden states, with files in a folder."""
-        on_device = 0 if self.card is None else self.card
-        return Scratch(self.host, folder, on_device=on_device)
+        return Scratch(self.host, folder, self.card)
 
     def expect_block(self, chain: Chain) -> None:
         """Leaves room for the first block of a pass, whose statistics and solver are not measured yet. Raises

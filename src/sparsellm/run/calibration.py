@@ -47,12 +47,11 @@ class Windows:
     sets: Tensor  # (sets, samples, seq): blocks take the sets in turn for their statistics
     fresh: Tensor  # (windows, seq): further windows, for the sweep; there may be none
     bos: str  # whether every window begins with BOS: yes or no, or given for token ids that the user passed
-    batch_tokens: (
-        int  # tokens in one forward call, by which windows are divided among processes
-    )
-    passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room; 0: all have one set
+    # tokens in one forward call, by which windows are divided among processes
+    batch_tokens: int
+    passes: int = 0  # passes of the sweep with windows of their own, as far as the text suffices; 0: all take the same
     of_pass: int = 1  # windows of a pass
-    divided: bool = False  # whether those of the statistics are divided into such passes, and not one pass
+    divided: bool = False  # whether the windows of the statistics are divided into such passes; else they are one
     # for each window of sets, then fresh, the name of its text in a mixture
     sources: Sequence[str] = ()
     step_processes: int = 1  # processes that share a step of the sweep
@@ -69,8 +68,8 @@ class Windows:
 
     @property
     def by_pass(self) -> list[Tensor]:
-        """The windows of each pass, of all processes: new ones as far as there are any, then those of the statistics,
-        which the pruned weights fit already. After the last, they come again in turn."""
+        """The windows of each pass of the sweep, for all processes together. New ones come first, since the pruned
+        weights fit those of the statistics already. A sweep of more passes begins again with the first."""
         sets = (self.fresh, self.first if self.divided else self.first[:0])
         fresh, known = (
             list(filter(self.suffices, windows.split(self.of_pass))) for windows in sets
@@ -92,7 +91,7 @@ class Windows:
         return [self._share(part) for part in self.by_pass]
 
     def passes_over(self, tokens: int) -> int:
-        """The passes that have this number of tokens, less the 1 % that cutting may drop: more if a text is short."""
+        """The number of passes that have this many tokens together, less the 1 % that cutting may drop."""
         sizes = itertools.cycle(part.numel() for part in self.by_pass)
         return next(
             number

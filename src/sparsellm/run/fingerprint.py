@@ -15,9 +15,8 @@ from sparsellm.files.reader import PIECE, CheckpointReader, memory_of, not_finit
 from sparsellm.model import Chain
 from sparsellm.progress import Progress, ProgressCallback, ignore
 
-_LENGTH = (
-    16  # hexadecimal digits: enough to avoid collisions, short enough for a message
-)
+# hexadecimal digits: enough to avoid collisions, short enough for a message
+_LENGTH = 16
 # keys that transformers writes into a config
 _NOT_THE_MODEL = (
     "_name_or_path",

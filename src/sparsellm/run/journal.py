@@ -63,9 +63,8 @@ class Identity:
     calibration_tokens: str  # digest of the token ids
     computing: str  # dtype and kind of device
     plugins: dict[str, str]  # digests of the plugins that the run uses
-    start: str = (
-        ""  # digest of the weights that are pruned, if they are not the dense model's
-    )
+    # digest of the weights that are pruned, if they are not the dense model's
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,10 @@ class Journal(contextlib.ExitStack):
         self._shards = [
             self._partial / BLOCKS / name for name in shard_names(blocks + 1)
         ]
-        self._walked: CheckpointWriter | None = (
-            None  # writes the walk's blocks; in the first process only
-        )
-        self.writer: CheckpointWriter | None = (
-            None  # writes the result, that of the walk or of the sweep; there only
-        )
+        # writes the walk's blocks; in the first process only
+        self._walked: CheckpointWriter | None = None
+        # writes the result, that of the walk or of the sweep; there only
+        self.writer: CheckpointWriter | None = None
 
     def knows(self, name: str) -> bool:
         """Whether the unfinished run has a record of this name. May be called before ``open``."""

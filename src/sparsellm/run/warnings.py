@@ -18,9 +18,8 @@ from sparsellm.run.opening import Models
 from sparsepack.grids import GRIDS, grid_for
 
 _SHOWN = 3  # linears that a warning names
-FEW_TOKENS = (
-    32_000  # with fewer calibration tokens the gain over local methods is small
-)
+# with fewer calibration tokens the gain over local methods is small
+FEW_TOKENS = 32_000
 
 
 def without_effect(recipe: Recipe, choice: Choice, *, teacher: bool) -> list[str]:

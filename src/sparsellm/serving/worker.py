@@ -106,9 +106,8 @@ class Worker:
             self._batch = Batch(Decoder(model, context, sequences=MAX_TOKENS))
         self._changed = threading.Condition()
         self._waiting = deque[Job]()
-        self._end: float | None = (
-            None  # by time.monotonic(), when the running job is cancelled
-        )
+        # by time.monotonic(), when the running job is cancelled
+        self._end: float | None = None
         self._counts = {"requests": 0, "cancelled": 0, "tokens": 0}
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm import Recipe, prune
 from sparsellm.errors import DataError, ModelError, NumericalError
-from sparsellm.files.scratch import Scratch
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.sweep import gradients, head
 from sparsellm.method.sweep.gradients import backward_sweep, loss_gradients
 from sparsellm.model import Chain, Feed, LinearView, open_chain
@@ -59,6 +59,17 @@ class Everything:
     def done(self, linears: list[LinearView]) -> None:
         self.blocks.append([linear.name for linear in linears])
 
+    def swept(self, feed: Feed, fraction: float = 1.0) -> float:
+        names = [linear.name for linear in sizes_of(feed.chain)]
+        return backward_sweep(
+            feed,
+            names,
+            see=self.see,
+            done=self.done,
+            fraction=fraction,
+            reads_inputs=True,
+        )
+
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("head_tokens", [256, 7])
@@ -78,8 +89,8 @@ def test_every_gradient_is_that_of_the_whole_model(
     )
     names = [linear.name for linear in sizes_of(chain)]
     record, seen = Record(model, IDS, names), Everything()
-    scratch = Scratch(4000, tmp_path) if lazy else Scratch()  # most of it on disk
-    loss = backward_sweep(Feed(chain, IDS, 45, scratch), seen.see, seen.done)
+    scratch = Scratch(Room(4000 if lazy else None), tmp_path)  # most of it on disk
+    loss = seen.swept(Feed(chain, IDS, 45, scratch))
     assert loss == pytest.approx(float(record.loss.detach()) / (6 * 19), rel=1e-5)
     assert [name for block in reversed(seen.blocks) for name in block] == names
     assert seen.gradient.keys() == set(names)
@@ -101,9 +112,9 @@ def test_gradients_of_a_share_of_the_positions_are_scaled(
         Everything(),
         Everything(),
     )
-    loss = backward_sweep(Feed(chain, IDS, 45), seen.see, fraction=0.4)
+    loss = seen.swept(Feed(chain, IDS, 45), fraction=0.4)
     # an estimate of the same
-    assert abs(loss - backward_sweep(Feed(chain, IDS, 45), complete.see)) < 1
+    assert abs(loss - complete.swept(Feed(chain, IDS, 45))) < 1
     # its gradient is that of the residual stream
     last, drawn = (
         "model.layers.2.mlp.down_proj",
@@ -165,7 +176,7 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
 
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
-        backward_sweep(Feed(open_chain(model, device=CPU), IDS, 2048), Everything().see)
+        Everything().swept(Feed(open_chain(model, device=CPU), IDS, 2048))
     # squares of outputs do not read inputs
     assert squares(open_chain(model, device=CPU))
 
@@ -260,7 +271,6 @@ def test_a_block_without_a_gradient_is_named_if_one_is_needed() -> None:
 
 def test_windows_without_a_next_token_are_refused() -> None:
     with pytest.raises(DataError, match=r"\(3, 1\)"):
-        backward_sweep(
-            Feed(open_chain(tiny_opt(), device=CPU), windows(3, 1), 2048),
-            Everything().see,
+        Everything().swept(
+            Feed(open_chain(tiny_opt(), device=CPU), windows(3, 1), 2048)
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsellm.errors import NumericalError
-from sparsellm.files.scratch import Scratch
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.auxiliary.objective import (
     Chunk,
@@ -117,7 +117,7 @@ def test_tokens_and_variables_may_lie_in_files(tmp_path: Path) -> None:
     unit = random_unit(8, 16)
     chunks = random_chunks(unit, [50, 31, 40])
     memory, _ = prune(unit, chunks[:2], chunks[2:], by_input_norm, HALF)
-    scratch = Scratch(0, tmp_path)  # no room in memory
+    scratch = Scratch(Room(0), tmp_path)  # no room in memory
     inputs, targets = scratch.store(), scratch.store()
     for chunk in (load() for load in chunks[:2]):
         inputs.append(chunk.inputs)

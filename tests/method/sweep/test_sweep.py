@@ -17,7 +17,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.files.reader import CheckpointReader
-from sparsellm.files.scratch import Scratch
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.sweep import head
 from sparsellm.method.sweep import whole_model as module
 from sparsellm.method.sweep.sweep_task import SweepTask
@@ -195,14 +195,21 @@ def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
     runs = [
         swept(open_chain(copy.deepcopy(model), device=CPU), dense, ids, 2, 0.003),
         swept(open_chain(path, device=CPU), dense, ids, 2, 0.003),
-        swept(open_chain(path, device=CPU), dense, ids, 2, 0.003, Scratch(0, tmp_path)),
         swept(
             open_chain(path, device=CPU),
             dense,
             ids,
             2,
             0.003,
-            Scratch(50_000, tmp_path),
+            Scratch(Room(0), tmp_path),
+        ),
+        swept(
+            open_chain(path, device=CPU),
+            dense,
+            ids,
+            2,
+            0.003,
+            Scratch(Room(50_000), tmp_path),
         ),
     ]
     for history, written in runs[1:]:

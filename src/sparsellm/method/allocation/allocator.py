@@ -110,7 +110,8 @@ class Division:
         return ""
 
     def allocation(self, chosen: Allocation | None = None) -> Allocation:
-        """The zeros of all linears: in the free ones as ``chosen``, with the sum corrected; None: equally sparse."""
+        """The zeros of all linears. Free ones have those that were ``chosen``, corrected to the right sum; or, for
+        None, the same sparsity each."""
         limits = bounds(sizes := [x.weights for x in self.free], self.sparsity)
         goals = [
             chosen.zeros[x.name] if chosen else self.sparsity * x.weights

@@ -28,9 +28,8 @@ from sparsepack.layout import predicted_bytes
 ROWS = 64
 # bytes of a weight's bit in the mask of a notional format, which turns the sparsities of `threshold` into bytes
 MASK = 1 / 8
-STEP = (
-    0.025  # between sparsities of forms; errors between those measured are interpolated
-)
+# between sparsities of forms; errors between those measured are interpolated
+STEP = 0.025
 
 
 @dataclass(frozen=True)

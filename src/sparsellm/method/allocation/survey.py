@@ -18,9 +18,8 @@ class LinearSize:
     name: str
     block: int  # its number
     shape: tuple[int, int]  # (out, in)
-    fixed: int | None = (
-        None  # its zeros if sparsity_of sets them; an allocation does not get such a linear
-    )
+    # its zeros if sparsity_of sets them; an allocation does not get such a linear
+    fixed: int | None = None
 
     @property
     def weights(self) -> int:

@@ -190,8 +190,8 @@ def _value_rows(linear: LinearView, heads: int, size: int) -> Iterator[Tensor]:
 def _first_proved(
     stream: Stream, index: int, guesses: list[Channels]
 ) -> tuple[int | None, bool]:
-    """The first guess with which the block has the same outputs, up to rounding, if channels are in a random order; and
-    whether it has them after a random rotation."""
+    """The number of the first guess that holds: with its channels in a random order, the block has the same outputs, up
+    to rounding. And whether it has them after a random rotation too."""
     before: list[Tensor] = []
     for number, guess in enumerate(guesses):
         before = before or _outputs(stream, index, guess.reader)

@@ -107,8 +107,8 @@ def _prune(
     solve: Solve,
     refit: float | None,
 ) -> None:
-    """Prunes the linears of one expert in each process, which alone keeps its moments, on the tokens of all; ``every``
-    are the moments of the inputs of all tokens of the mixture."""
+    """Prunes the linears of the experts, one expert in each process, on the tokens of all processes. Only the process
+    that prunes an expert keeps its moments. ``every`` has the moments of the inputs of all tokens of the mixture."""
     dense = [entry.unpruned() if refit is not None else None for entry in experts]
     device = every.matrix.device
     shared = dict[int, _Moments]()

@@ -266,7 +266,7 @@ class BlockTask:
     def _rounded(
         self, linear: LinearView, dense: Tensor, solution: Solution, gram: Gram | None
     ) -> tuple[Rounded, float, float]:
-        """A pruned weight on the grid of the packed type, and the errors that it has before and then."""
+        """A pruned weight on its grid, and its errors before and after it is rounded."""
         # experts get inputs of their own, which a pass does not tell apart
         if gram is None:
             taken = (
@@ -319,8 +319,8 @@ class BlockTask:
 def _check_kept(
     linear: LinearView, zeros: int, dense: Tensor, mask: Tensor, gram: Gram
 ) -> None:
-    """Refuses more zeros than the mask has, if they are kept weights that the checkpoint cannot hold. Those that were 0
-    before, and those of inputs that were 0 in every token, may be 0."""
+    """Refuses a weight with more ``zeros`` than its mask, if kept weights became 0 because they are too small for the
+    dtype of the checkpoint. Those that were 0 before, and those of inputs that were 0 in every token, may be 0."""
     if zeros <= count_zeros(mask) + LOST * mask.numel():
         return
     lost = int((mask & (dense != 0) & ~gram.dead & (linear.weight() == 0)).sum())

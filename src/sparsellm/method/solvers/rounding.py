@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ from sparsepack.grid import (
 from sparsepack.grids import LARGEST_FP16, LEAST
 from sparsepack.minima import lines_of, numbers_of
 
-# Products of a weight with its Gram matrix that take as long: 80 in linears with 576 inputs, 32 with 2048 to 5632.
+# Rounding a linear takes as long as this many products of its weight with its Gram matrix: 80 in linears with 576
+# inputs, 32 with 2048 to 5632.
 PRODUCTS = 35
 
 # anchor / largest magnitude; values beyond are clipped
@@ -54,20 +56,13 @@ ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third 
 ENDS = 6  # fractions that are tried for each end of a group with a minimum
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
 # bounds of the change of a scale in a turn, for systems that are nearly singular
-FACTORS = (
-    0.5,
-    2.0,
-)
+FACTORS = (0.5, 2.0)
 SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
 PASSES = 8  # most passes of the descent in a turn; few weights need as many
 ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
 WIDE = 256  # inputs whose moves reach all others by one product, which is twice as fast as by four
 # powers of the inputs' root mean square tried after 0; 1 was worse
-POWERS = (
-    0.25,
-    0.5,
-    0.75,
-)
+POWERS = (0.25, 0.5, 0.75)
 JUDGES = 256  # rows of the weight that choose the power
 # the least part of an error's cost that remains after compensation; fp32 does not resolve smaller ones
 LEAST_SHARE = 1e-4
@@ -78,7 +73,7 @@ class Rounded(NamedTuple):
     """A weight on its grid."""
 
     weight: Tensor  # (out, in) fp32
-    unrounded: Tensor  # (out, in) fp32: where training goes on; the best values within the cells that round to weight
+    unrounded: Tensor  # (out, in) fp32: training goes on from these, the best values that are rounded to ``weight``
     exponents: Tensor | None  # int8 (in,), one for each column; None if all are 0
     notes: tuple[str, ...]
 
@@ -94,11 +89,11 @@ def rounded(
 ) -> Rounded:
     """A pruned weight ``(out, in)`` with its values on the grid of an integer type, or on one of
     ``sparsepack.grids.GRIDS`` by its name, for a checkpoint in this dtype; zeros stay zero.
-    It comes near to ``target (out, in)``, or to the weight itself.
+    It is fitted to ``target (out, in)``, or to the weight itself.
 
     With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
-    and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case. A
-    NumericalError says that the Gram matrix cannot be factorised with any damping."""
+    and the others make up for it. In a weight that is so full that it is packed dense, values may become 0 in any
+    case. A NumericalError says that the Gram matrix cannot be factorised with any damping."""
     groups = Groups.of(weight, value_type)
     target = weight if target is None else target
     metric = _metric(gram, dense=groups.dense)
@@ -213,15 +208,12 @@ class _Grid:
         extreme = grouped.gather(1, places)  # (groups, 1)
         # (groups, 1): powers of the anchors
         self.units = groups.collect(powers.expand_as(weight)).gather(1, places)
-        least = torch.full_like(extreme, math.inf)
+
+        def scales_at(fraction: float) -> Tensor:
+            return scales_of(extreme * fraction, groups, dtype, self.units)
+
         # (groups, 1): scales to begin with, without the powers of columns
-        self.first = scales_of(extreme, groups, dtype, self.units)
-        for fraction in FRACTIONS:
-            tried = scales_of(extreme * fraction, groups, dtype, self.units)
-            error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
-            error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
-            self.first = torch.where(error < least, tried, self.first)
-            least = torch.minimum(error, least)
+        self.first = self._best(scales_at(1.0), scales_at, grouped, curvature)
         if groups.parts:
             self.first = self._whole_parts(grouped, extreme, curvature)
         free = torch.ones_like(grouped)
@@ -235,10 +227,28 @@ class _Grid:
             dtype,
         )
 
+    def _best(
+        self,
+        best: Tensor,
+        scales_at: Callable[[float], Tensor],
+        grouped: Tensor,
+        curvature: Tensor,
+    ) -> Tensor:
+        """The scales ``(groups, 1)`` with the least error, of those at all ``FRACTIONS``; ``best`` where no error is
+        finite."""
+        least = torch.full_like(best, math.inf)
+        for fraction in FRACTIONS:
+            scales = scales_at(fraction)
+            values = self.numbers(grouped, scales).mul_(scales)
+            error = _error(values, grouped, curvature)
+            best = torch.where(error < least, scales, best)
+            least = torch.minimum(error, least)
+        return best
+
     def _whole_parts(
         self, grouped: Tensor, extreme: Tensor, curvature: Tensor
     ) -> Tensor:
-        """The best scales that are whole numbers of the units that follow from the first ones; arguments and result as
+        """The best scales that are whole numbers of units, which follow from the first scales; arguments and result as
         in the constructor."""
         groups = self.groups
         grid = groups.grid
@@ -246,32 +256,32 @@ class _Grid:
         lowest = groups.levels.lowest
         first = scales_of(self.first * lowest, groups, self.dtype)
         units, steps = split(first, grid)
-        # From the widest part the unit is read. It is the lowest scale, unless a small unit was rounded up in fp16.
-        # Then no other part may become wider.
+        # The unit is read off the widest part, so that part keeps its scale, and no other may become wider. It has the
+        # lowest scale, but for a small unit, which was rounded up in fp16.
         widest = steps.abs().amax(dim=1, keepdim=True)
         fixed = steps.abs() == widest
-        least = torch.full_like(extreme, math.inf)
-        best = first
-        for fraction in FRACTIONS:
-            tried = in_units((extreme * fraction / lowest).view_as(steps), units, grid)
-            tried = tried.clamp(-widest, widest)
-            tried = torch.where(fixed, steps, tried).mul_(units).view_as(first)
-            error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
-            error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
-            best = torch.where(error < least, tried, best)
-            least = torch.minimum(error, least)
-        return best
+
+        def scales_at(fraction: float) -> Tensor:
+            near = in_units((extreme * fraction / lowest).view_as(steps), units, grid)
+            near = near.clamp(-widest, widest)
+            return torch.where(fixed, steps, near).mul_(units).view_as(first)
+
+        return self._best(first, scales_at, grouped, curvature)
 
     def numbers(self, values: Tensor, scales: Tensor) -> Tensor:
         """The numbers of the grid that are nearest to these values."""
         return whole_numbers(values, scales, self.groups.levels, zero=self.groups.dense)
 
+    def spread(self, of_groups: Tensor) -> Tensor:
+        """A matrix ``(out, in)`` from what groups have: one value, ``(groups, 1)``, or one for each column."""
+        return self.groups.spread(of_groups.expand(-1, self.groups.size))
+
     def scales(self, scales: Tensor) -> Tensor:
         """The scale of each value, ``(out, in)``, from those of groups ``(groups, 1)``."""
-        return self.groups.spread(scales.expand(-1, self.groups.size)).mul_(self.powers)
+        return self.spread(scales).mul_(self.powers)
 
     def within_cells(self, weight: Tensor, best: Tensor, scales: Tensor) -> Tensor:
-        """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
+        """``best``, moved so near to ``weight`` that it is rounded to it, with these scales of groups."""
         levels = self.groups.levels
         scales = self.scales(scales).abs_()
         reach = CELL * levels.closest * scales
@@ -280,17 +290,22 @@ class _Grid:
             reach = torch.where(scales < FEW * LEAST, 0.0, reach)
         end = -levels.lowest * scales
         moved = weight + (best - weight).clamp(-reach, reach)
-        moved = (
-            torch.where(self.free, moved.clamp(-end, end), weight)
-            .to(self.dtype)
-            .float()
-        )
+        return self.kept(moved.clamp(-end, end), weight, self.dtype)
+
+    def kept(self, moved: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``moved`` in ``dtype``, with the values of ``weight`` where they are not free, or where ``moved`` would be
+        rounded to others."""
+        moved = torch.where(self.free, moved, weight).to(dtype).float()
         # A coarse dtype may itself round to another number of the grid.
-        return torch.where(
-            on_grid_of(self.groups, moved, self.dtype, self.powers) == weight,
-            moved,
-            weight,
-        )
+        rounded = on_grid_of(self.groups, moved, dtype, self.powers)
+        return torch.where(rounded == weight, moved, weight)
+
+
+def _error(values: Tensor, grouped: Tensor, curvature: Tensor) -> Tensor:
+    """The error of groups, ``(groups, 1)``, if their values ``(groups, size)`` become ``values``, in the diagonal of G,
+    the ``curvature``. Overwrites ``values``."""
+    errors = values.sub_(grouped).square_().mul_(curvature)
+    return errors.sum(dim=1, keepdim=True)
 
 
 def _one_after_another(
@@ -300,24 +315,19 @@ def _one_after_another(
 
     With ``UᵀU = (G + λI)⁻¹`` the best change of the later inputs for an error ``e_j`` of one is ``−(e_j / U_jj) U_jk``
     (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up."""
-    order, factor = gram.remember("ordered", lambda: _ordered(gram))
+    order, factor = _ordered(gram)
     columns = target.T[order]  # (in, out), a copy
     # anchors and zeros are what they are
     result = torch.where(grid.free, 0.0, grid.nearest).T[order]
     scales = grid.scales(grid.first).T[order]
     free = grid.free.T[order].to(target.dtype)
+    kernel = _kernel(grid)
     for start in range(0, len(columns), ROUNDED_TOGETHER):
         rows = slice(start, start + ROUNDED_TOGETHER)
         upper = factor.matrix[rows, rows].contiguous()
-        if (kernel := _kernel(target.device)) is not None:
+        if kernel is not None:
             parts = (columns[rows], result[rows], scales[rows], free[rows], upper)
-            errors, _ = kernel(
-                parts,
-                grid.groups.levels,
-                grid.dtype,
-                zero=grid.groups.dense,
-                first=True,
-            )
+            errors, _ = kernel(parts, first=True)
         else:
             errors = torch.zeros_like(columns[rows])
             for number, place in enumerate(range(start, start + len(errors))):
@@ -342,23 +352,29 @@ def _one_after_another(
 
 def _ordered(gram: Gram) -> tuple[Tensor, Factor]:
     """The inputs by their mean square, the largest first, and the inverse Cholesky factor in that order."""
-    order = gram.diagonal.argsort(descending=True, stable=True)
-    return order, Gram(gram.matrix[order][:, order], gram.tokens).inverse_cholesky(
-        DAMPING
-    )
+
+    def made() -> tuple[Tensor, Factor]:
+        order = gram.diagonal.argsort(descending=True, stable=True)
+        ordered = Gram(gram.matrix[order][:, order], gram.tokens)
+        return order, ordered.inverse_cholesky(DAMPING)
+
+    return gram.remember("ordered", made)
 
 
 def uncompensated(gram: Gram, *, dense: bool) -> Tensor:
-    """What an error of each input costs once the later ones made up for it, ``(in,)``, in place of its mean square, in
-    weights without zeros (``dense``) or with them.
+    """The cost of an error of each input, ``(in,)``, after the later inputs have made up for it. It takes the place of
+    the input's mean square. ``dense`` says that the weight has no zeros.
 
-    An error ``e_j`` in units of ``U_jj`` changes the later inputs along row ``u_j`` of the factor, see
-    ``_one_after_another``. With ``u_j ((1 − ρ) G + D) u_jᵀ = 1``, where the diagonal D is what ``_metric`` adds, it
-    costs ``e_j² (1 − u_j D u_jᵀ) / (1 − ρ)``. For values rounded to nearest the sum of these costs is near to the error
-    after rounding: above it by what the descent gains, which is the same share for all types."""
+    ``_one_after_another`` answers an error of input j by a change of the later ones, along row ``u_j`` of the factor U.
+    In units of ``U_jj``, an error ``e_j`` then costs ``e_j² u_j G u_jᵀ``. By the definition of U,
+    ``u_j ((1 − ρ) G + D) u_jᵀ`` is 1, where the diagonal D is what ``_metric`` and the damping of the factor add. So
+    the cost is ``e_j² (1 − u_j D u_jᵀ) / (1 − ρ)``.
+
+    Summed over values that are rounded to nearest, these costs are above the error that ``rounded`` reaches, by the
+    same share for all types: what its descent gains."""
     shrinkage = SHRINKAGE if dense else 0.0
     damped = _metric(gram, dense=dense)
-    order, factor = damped.remember("ordered", lambda: _ordered(damped))
+    order, factor = _ordered(damped)
     upper = factor.matrix
     ridge = DAMPING * gram.mean_diagonal + factor.damping * damped.mean_diagonal
     added = shrinkage * gram.diagonal[order] + ridge
@@ -372,8 +388,8 @@ def uncompensated(gram: Gram, *, dense: bool) -> Tensor:
 def to_nearest(
     weight: Tensor, costs: Tensor, value_type: str, dtype: torch.dtype
 ) -> Tensor:
-    """A weight ``(out, in)`` with its values rounded to nearest on the grid of a type. Scales of its groups have the
-    least error where an error of input j costs ``costs_j (in,)``."""
+    """A weight ``(out, in)`` with its values rounded to nearest on the grid of a type. Its groups take the scales with
+    the least error, where an error of input j costs ``costs_j (in,)``."""
     gram = Gram(costs.diag(), 1)
     groups = Groups.of(weight, value_type)
     if groups.grid is not None and groups.grid.minima:
@@ -382,12 +398,22 @@ def to_nearest(
     return _Grid(weight, gram, torch.ones_like(costs), groups, dtype).nearest
 
 
-def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The loop over the inputs of a panel, compiled; None where there is only torch, whose calls take most of it."""
+def _kernel(grid: _Grid) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The compiled loop over the inputs of a panel, for this grid; None where there is only torch, whose calls would
+    take most of the time."""
+    device = grid.free.device
     if device.type == "cpu":
-        return native.round_panel if native.available() is not None else None
-    kernels = kernels_for(device)
-    return kernels.round_panel if kernels is not None else None
+        compiled = native if native.available() is not None else None
+    else:
+        compiled = kernels_for(device)
+    if compiled is None:
+        return None
+    return partial(
+        compiled.round_panel,
+        levels=grid.groups.levels,
+        dtype=grid.dtype,
+        zero=grid.groups.dense,
+    )
 
 
 class _Descent:
@@ -412,7 +438,7 @@ class _Descent:
         return self.columns.T.contiguous(), best.T.contiguous(), self.scales
 
     def _fit_scales(self) -> None:
-        """Takes the best scales for the numbers, in the rows where they have a lower error as they are stored."""
+        """Takes the best scales for the numbers, in the rows where ``_take`` finds a lower error."""
         grid = self.grid
         factors = best_factors(
             self.columns.T, self.slope.T, self.matrix, grid.groups
@@ -426,28 +452,32 @@ class _Descent:
         if grid.groups.grid is not None and not grid.groups.parts:
             # A small scale, whose anchor may not be at the lowest number, stays.
             scales = torch.where(self.scales.abs() < FEW * LEAST, self.scales, scales)
+        self._take(scales, self.target)
+
+    def _take(self, scales: Tensor, target: Tensor) -> Tensor:
+        """Takes scales, for the same numbers and this target ``(in, out)``, in the rows whose error is lower as they
+        are stored. Returns the groups of all other rows, bool ``(groups, 1)``."""
+        grid = self.grid
         numbers = grid.numbers(self.columns, grid.scales(self.scales).T.contiguous())
         columns = as_stored(numbers, grid.scales(scales).T, grid.dtype)
-        slope = self.matrix @ (columns - self.target)
-        # (out,)
-        worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))
+        gaps = columns - target
+        slope = self.matrix @ gaps
+        worse = ~(gaps.mul_(slope).sum(dim=0) < self._errors())  # (out,)
         self.columns = torch.where(worse, self.columns, columns)
         self.slope = torch.where(worse, self.slope, slope)
-        self.scales = torch.where(
-            worse.repeat_interleave(len(scales) // len(worse))[:, None],
-            self.scales,
-            scales,
-        )
+        of_groups = worse.repeat_interleave(len(scales) // len(worse))[:, None]
+        self.scales = torch.where(of_groups, self.scales, scales)
+        return of_groups
 
-    def _errors(self, columns: Tensor, slope: Tensor) -> Tensor:
+    def _errors(self) -> Tensor:
         """The error of each row of the weight, ``(out,)``."""
-        return (columns - self.target).mul_(slope).sum(dim=0)
+        return (self.columns - self.target).mul_(self.slope).sum(dim=0)
 
     def _fit_numbers(self) -> None:
         """Passes of coordinate descent over the free values."""
         scales = self.grid.scales(self.scales).T.contiguous()
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
-        before = self._errors(self.columns, self.slope).double().sum()
+        before = self._errors().double().sum()
         for number in range(PASSES):
             gains = self._pass(scales, inverse)
             # One read for all: a GPU would wait for each.
@@ -460,9 +490,10 @@ class _Descent:
                 break
 
     def _pass(self, scales: Tensor, inverse: Tensor) -> list[Tensor]:
-        """Moves all inputs one after another and corrects the slopes; how far the error fell by panels, fp64 ``()``."""
+        """Moves all inputs one after another, and corrects the slopes. Returns by how much each panel of inputs lowered
+        the error, fp64 ``()``."""
         gains = []
-        groups = self.grid.groups
+        kernel = _kernel(self.grid)
         for start in range(0, len(self.columns), WIDE):
             several = slice(start, start + WIDE)
             moves = []
@@ -471,7 +502,7 @@ class _Descent:
             ):
                 rows = slice(first, first + ROUNDED_TOGETHER)
                 inner = self.matrix[rows, rows].contiguous()
-                if (kernel := _kernel(inner.device)) is None:
+                if kernel is None:
                     moved, gained = self._move(rows, inner, scales, inverse)
                 else:
                     parts = (
@@ -481,13 +512,7 @@ class _Descent:
                         self.free[rows],
                         inner,
                     )
-                    moved, gained = kernel(
-                        parts,
-                        groups.levels,
-                        self.grid.dtype,
-                        zero=groups.dense,
-                        first=False,
-                    )
+                    moved, gained = kernel(parts, first=False)
                 self.slope[several].addmm_(self.matrix[several, rows], moved)
                 moves.append(moved)
                 gains.append(gained.double().sum())
@@ -499,7 +524,8 @@ class _Descent:
     def _move(
         self, rows: slice, inner: Tensor, scales: Tensor, inverse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Moves the inputs ``rows`` one after another; their moves, and how far the error of each output fell."""
+        """Moves the inputs ``rows`` one after another. Returns their moves, and by how much the error of each output
+        fell."""
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
         levels = self.grid.groups.levels
@@ -533,7 +559,8 @@ def _on_lines(
 ) -> Rounded:
     """``_fitted`` on a grid with minima.
 
-    Numbers times scales are fitted to the target less the minima, unrounded; they are rounded to ``dtype`` at last."""
+    Numbers times scales are fitted to the target less the minima, in fp32; the sum is rounded to ``dtype`` at the end.
+    """
     grid = _Lines(start, gram, groups)
     goal = target - grid.spread(grid.minima)
     first, notes = _one_after_another(grid, goal, gram)
@@ -546,7 +573,7 @@ def _on_lines(
 
 
 class _Lines(_Grid):
-    """A grid with minima: scales and minima of its groups, anchors, and the nearest weight, less the minima."""
+    """A grid with minima. Its ``nearest`` weight lacks them, as all values that are moved do."""
 
     def __init__(self, weight: Tensor, gram: Gram, groups: Groups) -> None:
         grid = groups.grid
@@ -566,9 +593,8 @@ class _Lines(_Grid):
             end = lowest * below
             steps = (highest * above - end) / grid.highest
             steps, depths = lines_of(steps, end, grid)
-            numbers = numbers_of(grouped, steps, depths, grid)
-            error = numbers.mul_(steps).add_(depths).sub_(grouped)
-            error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
+            values = numbers_of(grouped, steps, depths, grid).mul_(steps).add_(depths)
+            error = _error(values, grouped, curvature)
             scales = torch.where(error < least, steps, scales)
             minima = torch.where(error < least, depths, minima)
             least = torch.minimum(error, least)
@@ -583,10 +609,6 @@ class _Lines(_Grid):
         free.scatter_(1, places, torch.minimum(free.gather(1, places), ends))
         self.free = groups.spread(free) != 0
 
-    def spread(self, of_groups: Tensor) -> Tensor:
-        """What groups have, ``(groups, 1)`` or one for each value, as a matrix ``(out, in)``."""
-        return self.groups.spread(of_groups.expand(-1, self.groups.size))
-
     def near(
         self,
         weight: Tensor,
@@ -598,40 +620,34 @@ class _Lines(_Grid):
         """``within_cells``, for these scales ``(groups, 1)`` and minima ``(out, in)``."""
         steps = self.spread(scales)
         moved = weight + (best - weight).clamp(-CELL * steps, CELL * steps)
-        moved = torch.minimum(moved.maximum(minima), minima + self.grid.highest * steps)
-        moved = torch.where(self.free, moved, weight).to(dtype).float()
-        again = on_grid_of(self.groups, moved, dtype, self.powers)
-        return torch.where(again == weight, moved, weight)
+        highest = minima + self.grid.highest * steps
+        return self.kept(moved.maximum(minima).minimum(highest), weight, dtype)
 
 
 class _DescentOfLines(_Descent):
-    """Scales and minima, and numbers, in turn."""
+    """Scales and minima, and numbers, in turn. ``columns`` and ``target`` lack the minima."""
 
-    def __init__(self, grid: _Lines, start: Tensor, target: Tensor, gram: Gram) -> None:
-        self.lines = grid
+    grid: _Lines
+
+    def __init__(
+        self, grid: _Lines, start: Tensor, complete: Tensor, gram: Gram
+    ) -> None:
         self.minima = grid.minima  # (groups, 1)
-        self.steps = target
-        super().__init__(grid, start, target - grid.spread(grid.minima), gram)
+        self.complete = complete  # the target with the minima
+        super().__init__(grid, start, complete - grid.spread(grid.minima), gram)
 
     def _fit_scales(self) -> None:
-        """As of ``_Descent``, for scales and minima together. A group without a minimum gets none."""
-        lines = self.lines
-        scales, minima = best_lines(
-            self.columns.T, self.slope.T, self.matrix, lines.groups, self.minima
+        """Takes the best scales and minima for the numbers, in the rows where ``_take`` finds a lower error. A group
+        without a minimum gets none."""
+        grid = self.grid
+        factors, minima = best_lines(
+            self.columns.T, self.slope.T, self.matrix, grid.groups, self.minima
         )
-        scales, minima = lines_of(self.scales * scales, minima, lines.grid)
-        numbers = lines.numbers(self.columns, lines.scales(self.scales).T.contiguous())
-        columns = numbers.mul_(lines.scales(scales).T)
-        target = (self.steps - lines.spread(minima)).T.contiguous()
-        slope = self.matrix @ (columns - target)
-        error = (columns - target).mul_(slope).sum(dim=0)
-        worse = ~(error < self._errors(self.columns, self.slope))  # (out,)
-        of_groups = worse.repeat_interleave(len(scales) // len(worse))[:, None]
-        self.columns = torch.where(worse, self.columns, columns)
-        self.slope = torch.where(worse, self.slope, slope)
-        self.target = torch.where(worse, self.target, target)
-        self.scales = torch.where(of_groups, self.scales, scales)
-        self.minima = torch.where(of_groups, self.minima, minima)
+        scales, minima = lines_of(self.scales * factors, minima, grid.grid)
+        target = (self.complete - grid.spread(minima)).T.contiguous()
+        worse = self._take(scales, target)
+        self.minima = torch.where(worse, self.minima, minima)
+        self.target = (self.complete - grid.spread(self.minima)).T.contiguous()
 
 
 def best_factors(
@@ -643,8 +659,8 @@ def best_factors(
     ``s_a`` the ``slope`` along ``v_a``: half the gradient of the error, ``(Ŵ − W) G``, for G the ``matrix``. A small
     ridge keeps them near 1 where the rows hardly tell groups apart."""
     count = len(groups.collect(weight[:1]))  # groups of a row
-    factors = weight.new_ones(len(weight), count)
     rows = max(1, SYSTEMS // max(count**2, weight.shape[1]))
+    changes = []
     for top in range(0, len(weight), rows):
         # columns of a transposed one would be far apart
         part = weight[top : top + rows].contiguous()
@@ -654,43 +670,29 @@ def best_factors(
             inside = slice(first, first + groups.size)
             # The system is symmetric: products with the columns of earlier groups are known.
             products = (part[:, inside] @ matrix[inside, first:]).mul_(part[:, first:])
-            products = (
-                replace(groups, columns=products.shape[1])
-                .collect(products)
-                .sum(dim=1)
-                .view(len(part), -1)
-            )
-            system[:, number:, number] = products
-        diagonal = system.diagonal(dim1=1, dim2=2)
-        diagonal.mul_(1 + RIDGE).masked_fill_(diagonal <= 0, 1.0)
-        along = (
-            groups.collect(slope[top : top + rows] * part)
-            .sum(dim=1)
-            .view(len(part), count, 1)
-        )
-        # reads the lower half; a row where it fails keeps its scales
-        lower, failed = torch.linalg.cholesky_ex(system)
-        change = torch.cholesky_solve(along, lower).squeeze(2)
-        factors[top : top + rows] -= torch.where(
-            (failed == 0).unsqueeze(1) & change.isfinite(), change, 0.0
-        )
-    return factors.clamp_(*FACTORS)
+            later = replace(groups, columns=products.shape[1])
+            sums = later.collect(products).sum(dim=1)
+            system[:, number:, number] = sums.view(len(part), -1)
+        along = groups.collect(slope[top : top + rows] * part).sum(dim=1)
+        changes.append(_solved(system, along.view(len(part), count)))
+    return (1 - torch.cat(changes)).clamp_(*FACTORS)
 
 
 def best_lines(
     above: Tensor, slope: Tensor, matrix: Tensor, groups: Groups, minima: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Least-squares factors of scales, and minima, ``(groups, 1)``, of a weight whose part ``above (out, in)`` its
-    ``minima`` is given; as in ``best_factors``, with a second vector for each group, 1 in its columns. Minima of 0
+    """Least-squares factors of scales, and minima, both ``(groups, 1)``, of a weight that is ``above (out, in)`` plus
+    its ``minima``.
+
+    The system is that of ``best_factors``, with a second vector for each group, which is 1 in its columns. Minima of 0
     stay."""
     size = groups.size
     count = above.shape[1] // size  # groups of a row
     of_rows = minima.view(len(above), count)
-    factors = torch.ones_like(of_rows)
-    shifts = torch.zeros_like(of_rows)
     sums = matrix.view(len(matrix), count, size).sum(dim=2)  # (in, groups)
     ones = sums.view(count, size, count).sum(dim=1)  # (groups, groups)
     rows = max(1, SYSTEMS // max(4 * count**2, above.shape[1]))
+    changes = []
     for top in range(0, len(above), rows):
         part = above[top : top + rows].contiguous()
         few = len(part)
@@ -700,20 +702,23 @@ def best_lines(
             inside = slice(number * size, (number + 1) * size)
             products = (part[:, inside] @ matrix[inside]).mul_(part)
             system[:, number, :count] = products.view(few, count, size).sum(dim=2)
-            crossed = (part[:, inside] @ sums[inside]).mul_(free)
-            system[:, count:, number] = crossed
+            system[:, count:, number] = (part[:, inside] @ sums[inside]).mul_(free)
         system[:, count:, count:] = ones * free[:, :, None] * free[:, None, :]
-        diagonal = system.diagonal(dim1=1, dim2=2)
-        diagonal.mul_(1 + RIDGE).masked_fill_(diagonal <= 0, 1.0)
         slopes = slope[top : top + rows]
         along = (slopes * part).reshape(few, count, size).sum(dim=2)
         across = slopes.reshape(few, count, size).sum(dim=2).mul_(free)
-        lower, failed = torch.linalg.cholesky_ex(system)
-        goal = torch.cat((along, across), dim=1)[:, :, None]
-        change = torch.cholesky_solve(goal, lower).squeeze(2)
-        known = (failed == 0)[:, None] & change.isfinite().all(1, keepdim=True)
-        change = torch.where(known, change, 0.0)
-        factors[top : top + rows] -= change[:, :count]
-        shifts[top : top + rows] -= change[:, count:]
-    factors = factors.clamp_(*FACTORS).view(-1, 1)
-    return factors, minima + shifts.view(-1, 1)
+        changes.append(_solved(system, torch.cat((along, across), dim=1)))
+    of_scales, of_minima = torch.cat(changes).chunk(2, dim=1)
+    factors = (1 - of_scales).clamp_(*FACTORS)
+    return factors.view(-1, 1), minima - of_minima.reshape(-1, 1)
+
+
+def _solved(system: Tensor, along: Tensor) -> Tensor:
+    """The solutions ``(rows, n)`` of symmetric systems ``(rows, n, n)``, of which the lower halves are read and the
+    diagonals raised; 0 where a system has no finite solution."""
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal.mul_(1 + RIDGE).masked_fill_(diagonal <= 0, 1.0)
+    lower, failed = torch.linalg.cholesky_ex(system)
+    solution = torch.cholesky_solve(along.unsqueeze(2), lower).squeeze(2)
+    solved = (failed == 0) & solution.isfinite().all(dim=1)
+    return torch.where(solved.unsqueeze(1), solution, 0.0)

@@ -95,7 +95,7 @@ def loss_gradients(
 
     pieces = replace(feed, batch_tokens=min(feed.batch_tokens, PIECE_TOKENS))
     backward_sweep(
-        pieces, see, done, names=names, fraction=SCORED, reads_inputs=saliency
+        pieces, names, see=see, done=done, fraction=SCORED, reads_inputs=saliency
     )
     means = {name: (total / tokens).cpu() for name, total in squares.items()}
     for name, mean in means.items():
@@ -135,22 +135,22 @@ def _check_finite(name: str, squares: Tensor) -> None:
 @torch.no_grad()
 def backward_sweep(
     feed: Feed,
-    see: See,
-    done: Callable[[list[LinearView]], None] = lambda linears: None,
+    names: Collection[str],
     *,
-    names: Collection[str] | None = None,
-    fraction: float = 1.0,
-    reads_inputs: bool = True,
+    see: See,
+    done: Callable[[list[LinearView]], None],
+    fraction: float,
+    reads_inputs: bool,
 ) -> float:
-    """Differentiates the next-token loss at outputs of linears, last block first; returns its mean, in nats a token.
+    """Differentiates the next-token loss at the outputs of the linears ``names``, last block first. Returns the mean
+    loss, in nats a token.
 
     The forward pass runs blocks in the chain's dtype, the backward pass copies in fp32. The model stays the same to the
     bit. The scratch holds ``blocks + 2`` times the hidden states of this process's windows.
 
     Args:
-        see: called for each linear and batch of this process's windows.
-        done: called with the linears of each block after all its tokens, while it is loaded, in every process.
-        names: the linears to call them for; None for all.
+        see: called for each of these linears and each batch of this process's windows.
+        done: called with those of each block after all its tokens, while it is loaded, in every process.
         fraction: the fraction of a window's positions that is scored, see ``_positions``. The head, whose
             vocabulary may cost more than all blocks, runs for these alone.
         reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
@@ -169,21 +169,8 @@ def backward_sweep(
     stream = feed.stream()
     with contextlib.ExitStack() as stack:
         stack.callback(stream.close)
-        inputs: list[TensorStore] = []
-        for index in range(blocks):
-            feed.progress(
-                Event(
-                    "gradients",
-                    index,
-                    2 * blocks,
-                    f"block {index + 1}/{blocks} forward",
-                )
-            )
-            inputs.append(stack.enter_context(stream.store()))
-            with chain.block(index, feed.blocks):
-                for position, output in enumerate(stream.run(index)):
-                    inputs[index].append(stream.hidden[position])
-                    stream.hidden[position] = output
+        inputs = [stack.enter_context(stream.store()) for _ in range(blocks)]
+        _forward(feed, stream, inputs)
         gradients = stack.enter_context(stream.store())
         with chain.outer():
             loss = _through_the_end(feed, stream, gradients, fraction, places)
@@ -193,21 +180,15 @@ def backward_sweep(
                 f"the loss of the dense model is {loss} in {chain.dtype}; try dtype float32"
             )
         for index in reversed(range(blocks)):
-            event = Event(
-                "gradients",
-                2 * blocks - 1 - index,
-                2 * blocks,
-                f"block {index + 1}/{blocks} backward",
-            )
-            feed.progress(event)
+            done_so_far = 2 * blocks - 1 - index
+            text = f"block {index + 1}/{blocks} backward"
+            feed.progress(Event("gradients", done_so_far, 2 * blocks, text))
             with (
                 chain.block(index, feed.blocks),
                 running_on(chain, index, _fp32_copies(chain, index)),
             ):
                 linears = [
-                    linear
-                    for linear in chain.linears(index)
-                    if names is None or linear.name in names
+                    linear for linear in chain.linears(index) if linear.name in names
                 ]
                 _back_through(
                     stream,
@@ -222,6 +203,18 @@ def backward_sweep(
             machine.trim()  # the copies in fp32 leave holes
     feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
     return loss
+
+
+def _forward(feed: Feed, stream: Stream, inputs: list[TensorStore]) -> None:
+    """Runs the stream through all blocks, and keeps the batches that each block gets in its store of ``inputs``."""
+    blocks = len(inputs)
+    for index, store in enumerate(inputs):
+        text = f"block {index + 1}/{blocks} forward"
+        feed.progress(Event("gradients", index, 2 * blocks, text))
+        with feed.chain.block(index, feed.blocks):
+            for position, output in enumerate(stream.run(index)):
+                store.append(stream.hidden[position])
+                stream.hidden[position] = output
 
 
 def _through_the_end(

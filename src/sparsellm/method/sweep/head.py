@@ -24,10 +24,10 @@ gradient at the logits to ``slope``, of their shape, unless that is None. It doe
 def through_head(
     chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, gradient: bool
 ) -> tuple[float, Tensor]:
-    """A loss that is a sum over positions, and its gradient at ``hidden (batch, seq, hidden)``, the output of the last
-    block for token ids ``(batch, seq)``, in its dtype; without ``gradient``, ``hidden`` itself takes its place.
+    """A loss that is a sum over positions, and its gradient at ``hidden (batch, seq, hidden)``, in the dtype of that:
+    the output of the last block for token ids ``(batch, seq)``. Without ``gradient`` the second result is ``hidden``.
 
-    The chain has its outer weights loaded; the logits of a few positions are in memory at a time."""
+    The outer weights of the chain must be loaded. The logits of a few positions are in memory at a time."""
     total = 0.0
     slopes = torch.empty(0)
     parts: list[Tensor] = []

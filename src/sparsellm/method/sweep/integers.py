@@ -46,8 +46,8 @@ class Integers:
     def of(
         self, parameters: Mapping[str, nn.Parameter], index: int
     ) -> dict[str, nn.Parameter]:
-        """The same parameters of block ``index`` without factors, with rounded ones in place of the weights of these
-        linears; a gradient of one is taken as that of the weight behind it (straight-through)."""
+        """The parameters on which block ``index`` runs: without factors, and with the weights of these linears rounded.
+        The gradient at a rounded weight is taken for that of the weight behind it (straight-through)."""
         rounded = {
             name: parameter
             for name, parameter in parameters.items()

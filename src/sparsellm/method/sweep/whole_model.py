@@ -42,8 +42,8 @@ SHORTEST = 128  # tokens of the shortest windows into which others are cut where
 
 
 def cut_to(width: int, processes: int) -> int:
-    """The tokens of the windows into which those of ``width`` tokens are cut, where a step takes one window of each of
-    these processes: together they have about ``STEP_TOKENS``."""
+    """The length, in tokens, of the windows into which windows of ``width`` tokens are cut. In a step each process
+    takes one of them, and all of a step have about ``STEP_TOKENS`` together."""
     return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // processes)))
 
 
@@ -140,9 +140,11 @@ def _rescaled(
     data: TrainingSet,
     judges: list[SweepStep],
 ) -> list[SweepPass]:
-    """The history of a resumed sweep whose windows are divided among processes in another way, so that others are held
-    out. All divergences are multiplied by one factor: the divergence of the present state on the windows that are held
-    out now, over its recorded one."""
+    """The history as if the windows that are held out now had been held out before.
+
+    A resumed sweep may divide its windows among processes in another way, and then holds out others, on which the
+    divergence is another. So every old divergence is multiplied by one factor: that of the present state on the new
+    windows, over its recorded one."""
     before = history[-1].held_out
     if history[-1].passes in harmful_passes(history):  # the best state is there again
         before = min(record.held_out for record in history)
@@ -160,9 +162,11 @@ def _rescaled(
 def _start(
     task: SweepTask, data: TrainingSet, train: list[SweepStep], judges: list[SweepStep]
 ) -> SweepPass:
-    """The state before the first pass, with the sweep's learning rate, proportional to the squared divergence. At a
-    small divergence that rate may be far too low for a model whose gradients have little noise. So a few steps are
-    tried at rising rates, each from the start, as long as they lower the held-out divergence further."""
+    """The state before the first pass, with the sweep's learning rate.
+
+    The rate is proportional to the squared divergence. At a small divergence it may be far too low for a model whose
+    gradients have little noise. So a few steps are tried at rising rates, each from the start, as long as they lower
+    the held-out divergence further."""
     with task.feed.chain.outer():
         start, sources = data.judge(judges)
         if not math.isfinite(start):
@@ -199,8 +203,9 @@ def _pass(
     first: int,
     length: int,
 ) -> float:
-    """Runs the next pass over the steps of all processes; returns the mean divergence per token, each before its step.
-    ``first`` is the first pass of this start. The schedule is one curve over all passes, of ``length`` steps each."""
+    """Runs the next pass over the steps of all processes. Returns the mean divergence per token, that of each step
+    before the step. ``first`` is the first pass of this start. The schedule is one curve over all passes, of ``length``
+    steps each."""
     number = history[-1].passes + 1
     count = len(steps)
     total = 0.0
@@ -215,7 +220,7 @@ def _pass(
         done = number - first + place / count
         passes = task.passes - first + 1
         task.feed.progress(Progress("sweep", done, total=passes, detail=text))
-        # About the steps since Adam's moments began.
+        # about the number of steps since Adam's moments began
         since = (number - 1 - undone) * length + place + 1
         at = ((number - 1) * count + place) * length / count
         factor = schedule(at, steps=task.passes * length, number=since)
