@@ -23,15 +23,12 @@ from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.solvers import Solution, Solver
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
-from sparsellm.model.units import FeedForwardUnit, find_feed_forward, relu
+from sparsellm.model.units import Unit, find_feed_forward, relu
 from sparsellm.patterns import NM, Pattern
 from sparsellm.records import Iteration
 
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
 PAYS = 0.75  # sparsity from which they do
-
-# the unit of a block, before it is read into tensors
-Unit = FeedForwardUnit[LinearView]
 
 
 def units_to_alternate(
@@ -46,9 +43,7 @@ def units_to_alternate(
     if asked == 0 or (asked is None and sparsest < PAYS):
         return {}
     chosen: dict[int, tuple[Unit, int]] = {}
-    for unit in find_feed_forward(
-        task.linears, lambda: task.stream.run_window(task.index)
-    ):
+    for unit in find_feed_forward(task.linears, task.stream, task.index):
         linears = unit.linears().values()
         fits = unit.gate is None and unit.activation is relu
         if asked is None:

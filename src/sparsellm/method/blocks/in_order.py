@@ -26,7 +26,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.files.scratch import TensorStore
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.blocks.channels import find_channels
-from sparsellm.method.blocks.feed_forward import Unit, prune_unit, units_to_alternate
+from sparsellm.method.blocks.feed_forward import prune_unit, units_to_alternate
 from sparsellm.method.blocks.permutation import permute_block
 from sparsellm.method.blocks.rotation import rotate_channels
 from sparsellm.method.blocks.routed import prune_experts
@@ -45,6 +45,7 @@ from sparsellm.method.solvers import SOLVERS, Solver
 from sparsellm.model import LinearView
 from sparsellm.model.capture import Group, RunOrder, skipping, watch
 from sparsellm.model.experts import without_experts
+from sparsellm.model.units import Unit
 from sparsellm.patterns import NM
 from sparsellm.registry import Needs, Options
 
