@@ -101,7 +101,7 @@ def prune_as_published(
                         settings=settings,
                     )
                 except NumericalError as failure:
-                    advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
                     raise NumericalError(
-                        f"{unit.down.name}: {failure}; {advice}"
+                        f"{unit.down.name}: {failure}; options.epochs stops it earlier, options.safeguard=true keeps "
+                        "the best epoch"
                     ) from failure
