@@ -34,7 +34,7 @@ def test_the_unit_and_its_activation_are_found(
 ) -> None:
     chain = open_chain(family(**changes), device=torch.device("cpu"))
     stream = Feed(chain, windows(1, 20, seed=1), 20).stream()
-    (unit,) = find_feed_forward(chain.linears(0), lambda: stream.run_batch(0, 0))
+    (unit,) = find_feed_forward(chain.linears(0), stream, 0)
     assert (
         tuple(
             x.name.rpartition(".")[2] if x is not None else None

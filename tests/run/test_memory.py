@@ -243,3 +243,4 @@ def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:
     with chain.outer(head=False):
         assert chain.model.get_input_embeddings().weight.device == CPU
         assert chain.model.get_output_embeddings().weight.is_meta
+    assert chain.outer_elements() == 2 * VOCABULARY * 32 + 32

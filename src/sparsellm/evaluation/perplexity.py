@@ -68,11 +68,7 @@ def measured(
     feed, places = Feed(chain, windows, _BATCH_TOKENS).own()
     # so that all load the same blocks as often
     fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)
-    windows = (
-        torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)])
-        if fewer
-        else feed.windows
-    )
+    windows = torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)])
     chains = [chain] if dense is None else [chain, dense.chain]
     width = sum(model.config.get_text_config().hidden_size for model in chains)
     parts = windows.split(
@@ -87,30 +83,25 @@ def measured(
 
     rows: list[list[float]] = []  # for the windows that this process has
     for part in parts:
-        hidden = [
-            _outputs(chain, part, tell, blocks),
-            *([dense.outputs(part, tell)] if dense is not None else []),
-        ]
+        hidden = [_outputs(chain, part, tell, blocks)]
+        if dense is not None:
+            hidden.append(dense.outputs(part, tell))
         begun = next(done)
         with ExitStack() as held:
             for model in dict.fromkeys(chains):
                 held.enter_context(model.outer())
-            for at, (ids, *states) in enumerate(
-                zip(part.split(1), *hidden, strict=True)
-            ):
+            of_windows = zip(part.split(1), *hidden, strict=True)
+            for at, (ids, *states) in enumerate(of_windows):
                 progress(Progress("evaluate", begun + at / len(part), steps, "head"))
                 rows.append(_window(chains, states, ids))
                 if not math.isfinite(sum(rows[-1])):
-                    said = f"the loss or divergence of window {places.start + len(rows) - 1} is not finite"
                     raise NumericalError(
-                        f"{said}: {chain.dtype} overflows; try --dtype float32"
+                        f"the loss or divergence of window {places.start + len(rows) - 1} is not finite: {chain.dtype} "
+                        "overflows; try --dtype float32"
                     )
     progress(Progress("evaluate", steps, steps))
-    rows = [
-        row
-        for some in parallel.gather(rows[: places.stop - places.start])
-        for row in some
-    ]
+    of_all = parallel.gather(rows[: places.stop - places.start])
+    rows = [row for some in of_all for row in some]
     loss, *more = torch.tensor(rows, dtype=torch.float64).T
     if dense is None:
         return _perplexity(loss), None
@@ -201,10 +192,8 @@ def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[floa
 
 def _logits(chain: Chain, hidden: Tensor, ids: Tensor, span: slice) -> Tensor:
     """The log-probabilities at some positions of one window, ``(span, vocabulary)`` fp32."""
-    by_token = hidden.shape[:2] == ids.shape
-    logits = (
-        chain.finish(hidden[:, span], ids[:, span])[0]
-        if by_token
-        else chain.finish(hidden, ids)[0, span]
-    )
+    if hidden.shape[:2] == ids.shape:
+        logits = chain.finish(hidden[:, span], ids[:, span])[0]
+    else:
+        logits = chain.finish(hidden, ids)[0, span]
     return logits.float().log_softmax(-1)

@@ -48,11 +48,5 @@ def compared_speed(
     def tell(phase: str, done: float, total: float, detail: str) -> None:
         progress(Progress(phase, done, total=total, detail=detail))
 
-    compared = bench.compare(
-        place,
-        dense,
-        device=device,
-        progress=tell,
-        **settings,
-    )
+    compared = bench.compare(place, dense, device=device, progress=tell, **settings)
     return Benchmark(**asdict(compared), **vars(stamp(measured_on)))

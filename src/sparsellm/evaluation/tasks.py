@@ -32,9 +32,8 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     """lm-eval's TaskManager, which knows every task, group or tag that is named; ``folder`` has further tasks. Without
     lm-eval, the folder or a task, a RecipeError."""
     if folder is not None and not folder.is_dir():
-        given = f"tasks_dir is {shown(str(folder))}"
         raise RecipeError(
-            f"{given}, which is not a directory; name one with YAML files of tasks"
+            f"tasks_dir is {shown(str(folder))}, which is not a directory; name one with YAML files of tasks"
         )
     try:
         from lm_eval.tasks import TaskManager
@@ -46,17 +45,15 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with without_bars():
         # lm-eval takes seconds to read the thousands of tasks of its own, which are often not needed.
-        manager = (
-            TaskManager(include_path=str(folder), include_defaults=False)
-            if folder is not None
-            else None
-        )
-        if manager is None or not set(names) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=None if folder is None else str(folder))
+        place = None if folder is None else str(folder)
+        manager = TaskManager(include_path=place, include_defaults=folder is None)
+        if folder is not None and not set(names) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=place)
     for name in names:
         if name not in manager.all_tasks:
-            close = nearest(name[:100], manager.all_tasks)
-            hint = close if close.startswith("did") else "`lm-eval ls tasks` lists all"
+            hint = nearest(name[:100], manager.all_tasks)
+            if not hint.startswith("did"):
+                hint = "`lm-eval ls tasks` lists all"
             raise RecipeError(
                 f"unknown task {shown(name)}; {hint} (tasks_dir adds a directory of your own tasks)"
             )
@@ -129,11 +126,9 @@ def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
             lost.append(f"task {task}: {metric} is {value}")
             continue
         error = values.get(f"{metric}_stderr,{filtered}")
-        stderr = (
-            float(error)
-            if isinstance(error, int | float) and math.isfinite(error)
-            else None
-        )
+        stderr = None
+        if isinstance(error, int | float) and math.isfinite(error):
+            stderr = float(error)
         metrics[metric if filtered == "none" else key] = Metric(
             value=float(value), stderr=stderr
         )

@@ -90,19 +90,15 @@ def replacing(forwards: Mapping[nn.Module, Callable[..., object]]) -> Iterator[N
                 module.forward = earlier
 
 
-def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
-    """A forward that returns zeros in the shape of the linear's output."""
-
-    def zeros(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        given = next(iter((*args, *kwargs.values())))
-        return given.new_zeros(*given.shape[:-1], linear.out_features)
-
-    return zeros
+def _zeros(linear: LinearView, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """Zeros in the shape of the linear's output."""
+    given = next(iter((*args, *kwargs.values())))
+    return given.new_zeros(*given.shape[:-1], linear.out_features)
 
 
 def skipping(linears: list[LinearView]) -> contextlib.AbstractContextManager[None]:
     """Replaces linears whose output nobody needs by functions that return zeros, until the context ends."""
-    return replacing({linear.module: zeros_of(linear) for linear in linears})
+    return replacing({linear.module: partial(_zeros, linear) for linear in linears})
 
 
 class RunOrder(list[str]):

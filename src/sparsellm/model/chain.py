@@ -23,7 +23,7 @@ from sparsellm.errors import ModelError, SparseLLMError, one_line
 from sparsellm.files.reader import open_checkpoint
 from sparsellm.model.capture import replacing
 from sparsellm.model.experts import STACKED, Mixture
-from sparsellm.model.open import check_sizes, load_config
+from sparsellm.model.open import check_sizes, config_file, load_config
 from sparsellm.model.products import Bf16Products, attention_for
 from sparsellm.model.weights import ModelWeights
 
@@ -95,12 +95,7 @@ class Chain(ModelWeights):
             if self._as_returned is None:
                 hidden = hidden.clone()  # the block may change its input in place
                 output = forward(*args, **kwargs)
-                self._as_returned = _learn_return(output, hidden, self.blocks[index])
-                others = _others_of(output)
-                if any(value is not None for value in others):
-                    self._others = others
-                else:
-                    self._others = ()
+                self._as_returned = self._learn_return(output, hidden, index)
             if not inputs:
                 inputs.append(hidden)
             return self._as_returned(hidden)
@@ -143,23 +138,34 @@ class Chain(ModelWeights):
             now = {key: others[place] for key, place in places.items()}
             real = call.map(lambda value, now=now: now.get(id(value), value))  # type: ignore[misc]
             with self.block(index) as block:
-                output, other = (
-                    variant.on(block, hidden.clone()) for variant in (real, call)
+                following, given = _parts_of(real.on(block, hidden.clone()), block)
+                other, _ = _parts_of(call.on(block, hidden.clone()), block)
+            if not torch.allclose(
+                following, other, rtol=1e-3, atol=1e-3, equal_nan=True
+            ):
+                raise ModelError(
+                    f"{self.block_names[index]} reads what the block before it returns besides hidden states; only "
+                    "models whose blocks hand on hidden states alone run block by block"
                 )
-                following = _hidden_of(output, block)
-                if not torch.allclose(
-                    following,
-                    _hidden_of(other, block),
-                    rtol=1e-3,
-                    atol=1e-3,
-                    equal_nan=True,
-                ):
-                    raise ModelError(
-                        f"{self.block_names[index]} reads what the block before it returns besides hidden states; only "
-                        "models whose blocks hand on hidden states alone run block by block"
-                    )
             hidden = following
-            others = [*(given := _others_of(output)), *others[len(given) :]]
+            others = [*given, *others[len(given) :]]
+
+    def _learn_return(
+        self, output: object, hidden: Tensor, index: int
+    ) -> Callable[[Tensor], object]:
+        """A function that gives hidden states the form of ``output``, which block ``index`` returned for ``hidden``. It
+        notes what else is in there."""
+        block = self.blocks[index]
+        returned, others = _parts_of(output, block)
+        if returned.shape != hidden.shape:
+            raise ModelError(
+                f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain"
+            )
+        self._others = others if any(x is not None for x in others) else ()
+        if isinstance(output, (tuple, list)):
+            make = getattr(output, "_make", tuple)  # how a named tuple is made
+            return lambda value: make((value, *others))
+        return lambda value: value
 
     def _check_next(
         self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]
@@ -168,13 +174,12 @@ class Chain(ModelWeights):
         each gets what the one before it returned. While arguments are captured, every block returns its input."""
         family = type(self.model).__name__
         if index != called:
-            if index < called:
-                when = "more than once"
-            else:
+            when = "more than once"
+            if index > called:
                 when = f"before {self.block_names[called]}"
-            calls = f"the forward of {family} calls {self.block_names[index]} {when}"
             raise ModelError(
-                f"{calls}; only models that call each block once, in order, are pruned"
+                f"the forward of {family} calls {self.block_names[index]} {when}; only models that call each block "
+                "once, in order, are pruned"
             )
         if inputs and hidden is not inputs[0] and not torch.equal(hidden, inputs[0]):
             raise ModelError(
@@ -190,7 +195,7 @@ class Chain(ModelWeights):
             block = self.blocks[index].forward  # its hooks run in the model's forward
         with self.products or contextlib.nullcontext(), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
-            return _hidden_of(call.on(block, kept), self.blocks[index])
+            return _parts_of(call.on(block, kept), self.blocks[index])[0]
 
     run = torch.no_grad()(apply)  # the same without gradients
 
@@ -283,12 +288,8 @@ def empty_model(
             )
         empty.tie_weights()
     except Exception as error:  # a wrong config raises KeyError, ValueError, RuntimeError, ZeroDivisionError, ...
-        if place.is_file():
-            where = place
-        else:
-            where = place / "config.json"
         raise ModelError(
-            f"transformers cannot build the {config.model_type} of {where}: {one_line(error)}"
+            f"transformers cannot build the {config.model_type} of {config_file(place)}: {one_line(error)}"
         ) from None
     assert isinstance(empty, PreTrainedModel)
     return empty
@@ -308,36 +309,11 @@ def _split_call(
     )
 
 
-def _hidden_of(output: object, block: nn.Module) -> Tensor:
-    """The hidden states in the return value of a block."""
-    if isinstance(output, (tuple, list)):
-        hidden = output[0]
-    else:
-        hidden = output
-    if not isinstance(hidden, Tensor):
+def _parts_of(output: object, block: nn.Module) -> tuple[Tensor, tuple[object, ...]]:
+    """The hidden states in the return value of a block, and what else it returns."""
+    values = output if isinstance(output, (tuple, list)) else (output,)
+    if not isinstance(values[0], Tensor):
         raise ModelError(
             f"{type(block).__name__} returns {type(output).__name__}, not hidden states"
         )
-    return hidden
-
-
-def _others_of(output: object) -> tuple[object, ...]:
-    """What a block returns besides hidden states."""
-    if isinstance(output, (tuple, list)):
-        return tuple(output[1:])
-    return ()
-
-
-def _learn_return(
-    output: object, hidden: Tensor, block: nn.Module
-) -> Callable[[Tensor], object]:
-    """A function that gives hidden states the form of the return value of a block."""
-    if _hidden_of(output, block).shape != hidden.shape:
-        raise ModelError(
-            f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain"
-        )
-    if isinstance(output, (tuple, list)):
-        rest = _others_of(output)
-        make = getattr(output, "_make", tuple)  # how a named tuple is made
-        return lambda value: make((value, *rest))
-    return lambda value: value
+    return values[0], tuple(values[1:])

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -169,9 +169,8 @@ def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
     parts: dict[str, Part] = {}
     for name, module in twin.named_modules(remove_duplicate=False):
         for inner, part in vars(module).get(STACKED, {}).items():
-            parts[f"{name}.{inner}"] = Part(
-                f"{name}.{part.source}", part.index, part.transposed
-            )
+            source = f"{name}.{part.source}"
+            parts[f"{name}.{inner}"] = replace(part, source=source)
     return twin, parts
 
 
@@ -193,17 +192,16 @@ def _routers(module: nn.Module, mixture: str, experts: int) -> Iterator[str]:
     """Matrices next to a mixture with an output for each expert, unless another matrix reads it (a shared expert)."""
     scope = mixture.rpartition(".")[0]
     for name, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
+        if (
+            parameter.dim() != 2
+            or len(parameter) != experts
+            or name.startswith(f"{mixture}.")
+        ):
+            continue
         around = name.rpartition(".")[0].rpartition(".")[0]
-        readers: Iterable[nn.Parameter] = ()
-        if around != scope:
-            readers = module.get_submodule(around).parameters()
-        fits = (
-            parameter.dim() == 2
-            and len(parameter) == experts
-            and not name.startswith(f"{mixture}.")
-        )
-        if fits and not any(
-            reader.dim() == 2 and reader.shape[1] == experts for reader in readers
+        if around == scope or not any(
+            reader.dim() == 2 and reader.shape[1] == experts
+            for reader in module.get_submodule(around).parameters()
         ):
             yield name
 
@@ -221,8 +219,10 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
         twins[id(module)] = module
         return module
     if "forward" in vars(module):
-        has = f"{type(module).__name__} of the model has a forward of its own, as a device_map sets it"
-        raise ModelError(f"{has}; load the model without device_map")
+        raise ModelError(
+            f"{type(module).__name__} of the model has a forward of its own, as a device_map sets it; load the model "
+            "without device_map"
+        )
     twin = copy.copy(module)
     twins[id(module)] = twin
     vars(twin)["_modules"] = children
@@ -246,19 +246,19 @@ def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
         }
         twin._modules[str(number)] = Expert(twin, layout, linears)
         stacked.update({f"{number}.{inner}": part for inner, part in parts.items()})
-    for source in {part.source for part in stacked.values()}:
-        owner, _, leaf = source.rpartition(".")
-        if owner:  # DBRX: the parameters belong to a child, which the experts replace
-            twin._modules.pop(owner, None)
-        else:
-            vars(twin)["_parameters"] = {
-                name: p for name, p in twin._parameters.items() if name != leaf
-            }
+    sources = {part.source for part in stacked.values()}
+    vars(twin)["_parameters"] = {
+        name: p for name, p in twin._parameters.items() if name not in sources
+    }
+    for source in sources:
+        # DBRX: the parameters belong to a child, which the experts replace
+        twin._modules.pop(source.rpartition(".")[0], None)
     forward: Callable[..., Tensor] = _forward
     if not layout.routed:
         forward = _forward_of_all
-    changed = {STACKED: stacked, "record": None, "forward": MethodType(forward, twin)}
-    vars(twin).update(changed)
+    vars(twin).update(
+        {STACKED: stacked, "record": None, "forward": MethodType(forward, twin)}
+    )
 
 
 def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -315,18 +315,16 @@ def _layout_of(module: Any) -> _Layout | None:
     if set(stacks) == {"mlp.w1", "mlp.v1", "mlp.w2"} and takes == _ROUTED:  # DBRX
         # each is (experts · inner, width)
         inner = module.mlp.w1.shape[0] // module.num_experts
-        rows = [
-            (slice(first, first + inner),)
-            for first in range(0, inner * module.num_experts, inner)
-        ]
         sources = {GATE: "mlp.w1", UP: "mlp.v1", DOWN: "mlp.w2"}
-        parts = [
-            {
-                f"{role}.weight": Part(name, at, role == DOWN)
-                for role, name in sources.items()
-            }
-            for at in rows
-        ]
+        parts = []
+        for number in range(module.num_experts):
+            rows = slice(number * inner, (number + 1) * inner)
+            parts.append(
+                {
+                    f"{role}.weight": Part(name, (rows,), role == DOWN)
+                    for role, name in sources.items()
+                }
+            )
         return _Layout(parts, module.mlp.activation_fn)
     return None
 

@@ -52,7 +52,7 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
     matrices = []
     for inner, parameter in chain.blocks[index].named_parameters():
         name = f"{chain.block_names[index]}.{inner}"
-        if not parameter.is_floating_point() or chain.home(name)[1] != name:
+        if chain.home(name)[1] != name:
             continue
         linear = linears.get(name)
         matrix = sum(
@@ -130,15 +130,10 @@ def outside_blocks(chain: Chain) -> list[str]:
     more than ``DENSE_LIMIT`` of the weights of the blocks."""
     inside = tuple(f"{name}." for name in (*chain.block_names, *chain.towers))
     head = chain.model.get_output_embeddings()
-    linears = [
-        (name.removeprefix("."), m)
-        for name, m in iterate_linears(chain.model, "")
-        if m is not head
-    ]
     outside = {
-        name: m.get_parameter("weight").numel()
-        for name, m in linears
-        if not name.startswith(inside)
+        name: module.get_parameter("weight").numel()
+        for name, module in iterate_linears(chain.model, "")
+        if module is not head and not name.startswith(inside)
     }
     share = sum(outside.values()) / sum(
         matrix.weights for matrix in all_matrices(chain)

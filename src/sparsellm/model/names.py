@@ -76,10 +76,9 @@ def checkpoint_names(
         )
         if name not in values:
             plain = (key, key.removeprefix(f"{base}."), f"{base}.{key}")
-            name, pattern = next(
-                ((candidate, None) for candidate in plain if candidate in values),
-                (name, pattern),
-            )
+            if known := [candidate for candidate in plain if candidate in values]:
+                name = known[0]
+                pattern = None
         name_of[key] = name
         if pattern is not None:
             made.setdefault(name, {}).setdefault(pattern, []).append(key)
@@ -87,20 +86,15 @@ def checkpoint_names(
             same.setdefault(name, key)
     conversions = {}
     for name in filter(made.__contains__, values):
-        rule = next(
-            rule
-            for rule in converters
-            if next(iter(made[name])) in rule.source_patterns
-        )
+        tensors = made[name]
+        first = next(iter(tensors))
+        rule = next(rule for rule in converters if first in rule.source_patterns)
         sources = [
-            made[name][pattern]
-            for pattern in rule.source_patterns
-            if pattern in made[name]
+            tensors[pattern] for pattern in rule.source_patterns if pattern in tensors
         ]
         conversions[name] = Conversion(sources, list(rule.operations))
-    return Names(
-        {name: same[name] for name in values if name in same}, conversions, name_of
-    )
+    key_of = {name: same[name] for name in values if name in same}
+    return Names(key_of, conversions, name_of)
 
 
 def published_names(
@@ -204,10 +198,9 @@ def refuse_converted(
         return
     name, keys = max(converted.items(), key=lambda item: len(item[1]))
     count = sum(len(tensors) for tensors in converted.values())
+    made = f"{keys[0]} becomes"
     if len(keys) > 1:
         made = f"{len(keys)} tensors such as {keys[0]} become"
-    else:
-        made = f"{keys[0]} becomes"
     raise ModelError(
         f"transformers merges, splits or transposes {count} tensors of {reader.directory} while it loads a "
         f"{model.config.model_type} ({made} {name}), which is not supported from a directory: load it with "
@@ -247,17 +240,8 @@ def unused_tensors(
     in_list = re.compile(
         rf"(?:{re.escape(prefix)})?{re.escape(list_name.removeprefix(prefix))}\.(\d{{1,9}})\."
     )
-    layers = (
-        max(
-            (
-                int(match[1])
-                for key in unused
-                if (match := in_list.match(names.name_of[key]))
-            ),
-            default=-1,
-        )
-        + 1
-    )
+    matches = (in_list.match(names.name_of[key]) for key in unused)
+    layers = max((int(match[1]) + 1 for match in matches if match), default=0)
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
     most = depth
     if type(ahead) is int:  # layers that predict further tokens come last

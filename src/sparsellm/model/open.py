@@ -26,15 +26,17 @@ from sparsepack.files import SIZES, unfit_size
 DIFFER = "config and weights are of different models: download the checkpoint again"
 
 
+def config_file(place: Path) -> Path:
+    """The file of a config, which is ``place`` or in it."""
+    return place if place.is_file() else place / "config.json"
+
+
 def load_config(
     directory: Path, *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The config of a decoder-only language model: that of a checkpoint, or a JSON file. A ModelError says that it or
     the generation config cannot be read, or that it describes another kind of model, or quantised weights."""
-    if directory.is_file():
-        path = directory
-    else:
-        path = directory / "config.json"
+    path = config_file(directory)
     read_object(path, error=ModelError)
     # else transformers takes its own defaults
     if (generation := directory / "generation_config.json").exists():

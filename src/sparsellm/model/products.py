@@ -39,13 +39,10 @@ class Bf16Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
         if func is functional.linear and not kwargs and _fits(args[0], args[1]):
-            return _Linear.apply(
-                args[0],
-                args[1],
-                args[2] if len(args) > 2 else None,
-                self._copy(args[1]),
-            )
+            bias = args[2] if len(args) > 2 else None
+            return _Linear.apply(args[0], args[1], bias, self._copy(args[1]))
         # Conv1D of GPT-2
         if (
             func is torch.addmm
@@ -55,12 +52,11 @@ class Bf16Products(TorchFunctionMode):
         ):
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
         if func is functional.scaled_dot_product_attention and _attention_fits(
-            *args, **(kwargs or {})
+            *args, **kwargs
         ):
-            return func(
-                *(tensor.to(torch.bfloat16) for tensor in args), **(kwargs or {})
-            ).float()
-        return func(*args, **(kwargs or {}))
+            narrow = (tensor.to(torch.bfloat16) for tensor in args)
+            return func(*narrow, **kwargs).float()
+        return func(*args, **kwargs)
 
     def forget(self) -> None:
         """Drops all copies, where weights were changed without a trace in their versions."""

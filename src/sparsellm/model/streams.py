@@ -189,9 +189,9 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
         )
     readers: int = getattr(chain.config.get_text_config(), "num_kv_shared_layers", 0)
     if token_states and _keeps_state(calls[0]) and readers:
-        read = f"blocks of {type(chain.model).__name__} read keys and values of earlier ones"
         raise ModelError(
-            f"{read}, to which gradients and sweeps do not go back; {LOCAL}"
+            f"blocks of {type(chain.model).__name__} read keys and values of earlier ones, to which gradients and "
+            f"sweeps do not go back; {LOCAL}"
         )
     chain.check_handed(windows[:1])
 
@@ -222,15 +222,8 @@ class _Unique:
 
     def _known(self, value: Tensor) -> Tensor:
         known = self._tensors.setdefault((value.shape, value.dtype, value.device), [])
-        same = next(
-            (
-                tensor
-                for tensor in known
-                if tensor is value or torch.equal(tensor, value)
-            ),
-            None,
-        )
-        if same is not None:
-            return same
+        for tensor in known:
+            if tensor is value or torch.equal(tensor, value):
+                return tensor
         known.append(value)
         return value

@@ -100,10 +100,7 @@ def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
     """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order."""
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, Conv1D)):
-            if name:
-                place = f"{prefix}.{name}"
-            else:
-                place = prefix
+            place = f"{prefix}.{name}".strip(".")
             if "weight" not in child._parameters:
                 raise ModelError(
                     f"{place} has a quantised, masked or parametrised weight; load a plain one"
@@ -153,12 +150,11 @@ def tower_names(model: PreTrainedModel) -> list[str]:
         kinds = tuple({type(part) for part in inner if part is not None})
     towers: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or isinstance(
-            module.config, (type(text), type(config))
-        ):
-            continue
-        if isinstance(module.config, kinds) and not any(
-            name.startswith(f"{tower}.") for tower in towers
+        if (
+            isinstance(module, PreTrainedModel)
+            and isinstance(module.config, kinds)
+            and not isinstance(module.config, (type(text), type(config)))
+            and not name.startswith(tuple(f"{tower}." for tower in towers))
         ):
             towers.append(name)
     return towers

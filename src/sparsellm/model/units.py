@@ -6,7 +6,7 @@ No class name and no configuration key is read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsellm.model.capture import watch
+from sparsellm.model.streams import Stream
 from sparsellm.model.structure import LinearView
 
 TOLERANCE = 1e-2  # above the rounding of half precision, far below the distance of a wrong activation
@@ -68,6 +69,10 @@ class FeedForwardUnit(Generic[T]):
         return {**self.first_half(), "down": self.down}
 
 
+# the unit of a block, before it is read into tensors
+Unit = FeedForwardUnit[LinearView]
+
+
 @dataclass(frozen=True)
 class _Seen:
     """One call of a linear, ``(tokens, features)``, in fp32."""
@@ -78,41 +83,34 @@ class _Seen:
 
 
 def find_feed_forward(
-    linears: list[LinearView], run: Callable[[], object]
-) -> list[FeedForwardUnit[LinearView]]:
-    """The feed-forward units among the linears of a block, recognised while ``run`` runs it once, on few tokens: a
+    linears: list[LinearView], stream: Stream, index: int
+) -> list[Unit]:
+    """The feed-forward units among the linears of the loaded block ``index``, recognised while it runs on one window: a
     linear is ``down`` if its input equals φ(output of an earlier linear), or that times the output of another."""
     seen: list[_Seen] = []
     with watch(
         linears, lambda linear, x, y: seen.append(_Seen(linear, _rows(x), _rows(y)))
     ):
-        run()
+        stream.run_window(index)
     units = (_unit_of(down, seen[:position]) for position, down in enumerate(seen))
     return [unit for unit in units if unit is not None]
 
 
-def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit[LinearView] | None:
+def _unit_of(down: _Seen, before: list[_Seen]) -> Unit | None:
     """The unit that reproduces the input of ``down`` best; None if none is within ``TOLERANCE``. Several may be:
     the GELUs differ by no more than the rounding of half precision."""
     earlier = [call for call in before if call.output.shape == down.input.shape]
-    candidates: list[tuple[float, FeedForwardUnit[LinearView]]] = []
+    candidates: list[tuple[float, Unit]] = []
     for activation in KNOWN:
         for first in earlier:
             value = activation(first.output.clone())
-            candidates.append(
-                (
-                    _distance(value, down.input),
-                    FeedForwardUnit(first.linear, down.linear, activation),
-                )
-            )
+            plain = Unit(first.linear, down.linear, activation)
+            candidates.append((_distance(value, down.input), plain))
             for second in earlier:
                 if second is not first and torch.equal(first.input, second.input):
-                    gated = FeedForwardUnit(
-                        second.linear, down.linear, activation, gate=first.linear
-                    )
-                    candidates.append(
-                        (_distance(value * second.output, down.input), gated)
-                    )
+                    gated = replace(plain, up=second.linear, gate=first.linear)
+                    distance = _distance(value * second.output, down.input)
+                    candidates.append((distance, gated))
     distance, unit = min(
         candidates, key=lambda candidate: candidate[0], default=(TOLERANCE + 1, None)
     )

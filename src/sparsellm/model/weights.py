@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial, reduce
 from pathlib import Path
 
@@ -89,10 +89,8 @@ class ModelWeights:
         self.key_of = {name: known[0] for name, known in keys.items() if known}
         self._unused: list[str] = []
         if reader is not None:
-            tied = [known for name, known in keys.items() if self.owns(name)]
-            _check_tied(
-                [(known[0], other) for known in tied for other in known[1:]], reader
-            )
+            for name in filter(self.owns, self.key_of):
+                _check_tied(keys[name], reader)
             separated = {experts[name].source for name in parts}
             unknown = {
                 n: c.keys
@@ -103,11 +101,8 @@ class ModelWeights:
             self._unused = unused_tensors(
                 self.model, reader, list_name, len(blocks), names
             )
-            self._check_shapes(
-                values,
-                {name: stacked[experts[name].source] for name in self.parts},
-                reader,
-            )
+            stacks = {name: stacked[experts[name].source] for name in self.parts}
+            self._check_shapes(values, stacks, reader)
         self._check_dtypes(values)
         if reader is None:
             first = next(self.blocks[0].parameters())
@@ -180,27 +175,22 @@ class ModelWeights:
         parts."""
         for name in values:
             if name not in self.key_of and not self._in_tower(name):
-                lacks = f"weight {name} of the model of config.json is not in {reader.directory}"
                 raise ModelError(
-                    f"{lacks}; the checkpoint is incomplete, or of another model: download it again"
+                    f"weight {name} of the model of config.json is not in {reader.directory}; the checkpoint is "
+                    "incomplete, or of another model: download it again"
                 )
         for name, key in self.key_of.items():
             shape: tuple[int, ...] | None = self._shapes[key]
             if name in self.parts:
+                tensor = torch.empty(self._shapes[key], device="meta")
                 try:
-                    shape = tuple(
-                        self.parts[name]
-                        .of(torch.empty(self._shapes[key], device="meta"))
-                        .shape
-                    )
+                    shape = tuple(self.parts[name].of(tensor).shape)
                 except (IndexError, RuntimeError):  # the tensor does not have this part
                     shape = None
             if shape != tuple(values[name].shape):
-                has = (
-                    f"weight {key} has shape {self._shapes[key]} in {reader.directory}"
-                )
                 raise ModelError(
-                    f"{has}, but its config asks for {tuple(stacks.get(name, values[name]).shape)}"
+                    f"weight {key} has shape {self._shapes[key]} in {reader.directory}, but its config asks for "
+                    f"{tuple(stacks.get(name, values[name]).shape)}"
                 )
 
     def _check_dtypes(self, values: Mapping[str, Tensor]) -> None:
@@ -324,10 +314,8 @@ class ModelWeights:
 
     def outer_elements(self) -> int:
         """The number of elements that ``outer`` loads."""
-        return sum(
-            self.value(name).numel()
-            for name in {self._names(name)[0] for name in self._run_outer}
-        )
+        names = {self._names(name)[0] for name in self._run_outer}
+        return sum(self.value(name).numel() for name in names)
 
     def forget_shared(self) -> None:
         """Drops the weights that blocks share, for a walk over other weights."""
@@ -347,19 +335,17 @@ class ModelWeights:
         # tensors of the checkpoint of which several weights are parts
         tensors: dict[str, Tensor] = {}
         if self.reader is None:
-            if pruned is None:
-                return
-            for name in filter(self.owns, names):
-                self.value(name).detach().copy_(self.parameter(name, pruned, tensors))
+            if pruned is not None:
+                for name in filter(self.owns, names):
+                    value = self.parameter(name, pruned, tensors)
+                    self.value(name).detach().copy_(value)
             return
         loaded: dict[str, Tensor] = {}
         for name in names:  # one weight at a time, so that only one is in memory twice
             first = self._names(name)[0]
             if first not in loaded:
                 # A weight of an earlier block was pruned with that block.
-                source = None
-                if first == name:
-                    source = pruned
+                source = pruned if first == name else None
                 loaded[first] = self._fetch(first, source, tensors)
             self.assign(name, loaded[first])
 
@@ -367,16 +353,19 @@ class ModelWeights:
         self, name: str, pruned: CheckpointReader | None, tensors: dict[str, Tensor]
     ) -> Tensor:
         """A weight on the device, in the computing dtype. The tensor of which it is a part is added to ``tensors``."""
+        key = self.key_of[name]
         reader = self.reader
-        if pruned is not None and self.key_of[name] in pruned:
+        if pruned is not None and key in pruned:
             reader = pruned
-        if name in self._shared and reader is self.reader:
-            shared = self._shared[name].to(self.device)
-            if shared.is_floating_point():
-                return shared.to(self.dtype)
-            return shared
+        elif name in self._shared:
+            return self._shared[name].to(self.device, self.dtype)
         assert reader is not None
-        return self._part(name, tensors, partial(self._read, name, reader))
+        dtype = self.dtype
+        # patterns, in which "*" is anything
+        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in wide):
+            dtype = torch.float32
+        return self._part(name, tensors, partial(reader.get, key, self.device, dtype))
 
     def _part(
         self, name: str, tensors: dict[str, Tensor], read: Callable[[], Tensor]
@@ -389,34 +378,19 @@ class ModelWeights:
             tensors[key] = read()
         return self.parts[name].of(tensors[key])
 
-    def _read(self, name: str, reader: CheckpointReader) -> Tensor:
-        value = reader.get(self.key_of[name], self.device)
-        # patterns, in which "*" is anything
-        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        if not value.is_floating_point():
-            return value
-        if any(re.search(pattern.replace("*", ".*"), name) for pattern in wide):
-            return value.to(torch.float32)
-        return value.to(self.dtype)
-
     def _release(self, names: list[str]) -> None:
         if self.reader is None:
             return
         for name in names:
-            module, leaf = self._place(name)
-            if (value := module._parameters.get(leaf)) is not None:
-                first = self._names(name)[0]
-                if (
-                    self.is_shared(name)
-                    and first.startswith(self._prefix)
-                    and not value.is_meta
-                ):
-                    self._shared[first] = value.detach().to(
-                        self.stored_dtype(first), copy=True
-                    )
-                module._parameters[leaf] = nn.Parameter(
-                    value.to("meta"), requires_grad=False
-                )
+            value = self.value(name)
+            if not isinstance(value, nn.Parameter):
+                continue
+            first = self._names(name)[0]
+            in_block = first.startswith(self._prefix)
+            if self.is_shared(name) and in_block and not value.is_meta:
+                stored = self.stored_dtype(first)
+                self._shared[first] = value.detach().to(stored, copy=True)
+            self.assign(name, value.to("meta"))
 
     def parameter(
         self,
@@ -425,7 +399,7 @@ class ModelWeights:
         tensors: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint. The
-        tensor of which it is a part is added to ``tensors``, or taken from there."""
+        tensor that it is a part of is added to ``tensors``, or taken from there."""
         key = self.key_of[name]
         reader = pruned
         if reader is None or key not in reader:
@@ -433,8 +407,7 @@ class ModelWeights:
             if not value.is_meta or self.reader is None:
                 return value
             reader = self.reader
-        if tensors is None:
-            tensors = {}
+        tensors = {} if tensors is None else tensors
         return self._part(name, tensors, partial(reader.get, key))
 
     def assign(self, name: str, value: Tensor) -> None:
@@ -450,12 +423,11 @@ class ModelWeights:
         module._parameters[leaf] = value
 
     def block_parameters(self, index: int) -> dict[str, nn.Parameter]:
-        """The floating-point parameters of the loaded block ``index``, by name."""
-        values = {name: self.value(name) for name in self.names_of(index)}
+        """The parameters of block ``index``, by name."""
         return {
-            name: v
-            for name, v in values.items()
-            if isinstance(v, nn.Parameter) and v.is_floating_point()
+            name: value
+            for name in self.names_of(index)
+            if isinstance(value := self.value(name), nn.Parameter)
         }
 
     @torch.no_grad()
@@ -505,12 +477,12 @@ class ModelWeights:
             for index in range(len(self))
             for name in self.names_of(index)
         }
-        outer = [key for key in reader if key not in blocks]
         return {
             key: TensorSource(
                 reader.dtype(key), reader.shape(key), partial(reader.get, key)
             )
-            for key in outer
+            for key in reader
+            if key not in blocks
         }
 
     def _tensors(self, names: list[str]) -> dict[str, TensorSource]:
@@ -529,12 +501,12 @@ class ModelWeights:
     def _written(self, names: list[str]) -> Tensor:
         """The tensor of the checkpoint that these weights are, or are parts of. A whole weight that was only rounded to
         a narrower type to compute is written with the checkpoint's own values."""
-        value = self.value(names[0]).detach()
-        dtype = self.stored_dtype(names[0])
-        if names[0] in self.parts:
-            tensor = torch.empty(
-                self._shapes[self.key_of[names[0]]], dtype=dtype, device=self.device
-            )
+        first = names[0]
+        key = self.key_of[first]
+        value = self.value(first).detach()
+        dtype = self.stored_dtype(first)
+        if first in self.parts:
+            tensor = torch.empty(self._shapes[key], dtype=dtype, device=self.device)
             for name in names:
                 self.parts[name].of(tensor).copy_(self.value(name).detach())
             return tensor
@@ -544,7 +516,7 @@ class ModelWeights:
             or dtype.itemsize <= value.dtype.itemsize
         ):
             return value
-        stored = self.reader.get(self.key_of[names[0]], self.device)
+        stored = self.reader.get(key, self.device)
         if torch.equal(stored.to(value.dtype), value):
             return stored
         return value
@@ -578,14 +550,15 @@ def require_storable(value: Tensor, name: str, stored: torch.dtype) -> None:
         )
 
 
-def _check_tied(pairs: Iterable[tuple[str, str]], reader: CheckpointReader) -> None:
+def _check_tied(keys: list[str], reader: CheckpointReader) -> None:
     """Refuses tensors that the model ties although they differ: transformers does not tie these, and loads another
     model."""
-    for first, other in pairs:
+    first = keys[0]
+    for other in keys[1:]:
         if first != other and not torch.equal(reader.get(first), reader.get(other)):
-            why = f"{first} and {other} of {reader.directory} differ, and the model ties them"
             raise ModelError(
-                f"{why}; for a head, set tie_word_embeddings to false in config.json"
+                f"{first} and {other} of {reader.directory} differ, and the model ties them; for a head, set "
+                "tie_word_embeddings to false in config.json"
             )
 
 

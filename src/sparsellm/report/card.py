@@ -48,9 +48,9 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
     # in the hub's cache
     if directory is not None and directory.parent.name == "snapshots":
         name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
-    known = (
-        {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
-    )
+    known = {}
+    if HUB_ID.fullmatch(name) and not Path(name).exists():
+        known["model"] = name
     # the card belongs to somebody else and does not stop the run
     with suppress(Exception):
         if (
@@ -59,14 +59,13 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
             and card.stat().st_size <= _MOST_BYTES
         ):
             stated = metadata_load(card) or {}
-            license = {
-                key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)
-            }
-            known |= {
-                key: value
-                for key, value in license.items()
-                if 0 < len(value.strip()) <= _MOST_CHARACTERS
-            }
+            for key in _LICENSE:
+                value = stated.get(key)
+                if (
+                    isinstance(value, str)
+                    and 0 < len(value.strip()) <= _MOST_CHARACTERS
+                ):
+                    known[key] = value
     return known
 
 
@@ -95,20 +94,15 @@ def is_behind(directory: Path) -> bool:
     """Whether the card of a checkpoint is sparsellm's, and another than ``card`` would write: a process was killed
     after it had added results."""
     path = directory / CARD
-    if not is_unedited(path):
-        return False
-    return path.read_text("utf-8") != _text_of(directory)
+    return is_unedited(path) and path.read_text("utf-8") != _text_of(directory)
 
 
 def _text_of(directory: Path) -> str:
     """The text of a checkpoint's card, from its records."""
     run = read_pruning(directory)
     results = read_results(directory)
-    config = (
-        read_object(directory / "config.json")
-        if (directory / "config.json").is_file()
-        else {}
-    )
+    file = directory / "config.json"
+    config = read_object(file) if file.is_file() else {}
     packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
     return card_text(
         run, results.shown(), packed=packed.values(), files=results.exports
@@ -156,16 +150,14 @@ def card_text(
 
     base = run.base.model if HUB_ID.fullmatch(run.base.model or "") else None
     pattern = run.recipe.get("pattern")
+    tags = ["sparsellm", "pruning", "sparsity"]
+    if isinstance(pattern, str):
+        tags.append(f"sparsity-{pattern}")
     data = ModelCardData(
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "sparsellm",
-            "pruning",
-            "sparsity",
-            *([f"sparsity-{pattern}"] if isinstance(pattern, str) else []),
-        ],
+        tags=tags,
         **run.base.model_dump(include=set(_LICENSE), exclude_none=True),
     )
     defaults = Recipe().model_dump()
@@ -177,11 +169,10 @@ def card_text(
         }
     )
     fence = "`" * max(3, _longest_run(settings) + 1)
+    template = importlib.resources.files("sparsellm.report").joinpath("card.md.jinja")
     card = ModelCard.from_template(
         data,
-        template_str=importlib.resources.files("sparsellm.report")
-        .joinpath("card.md.jinja")
-        .read_text(encoding="utf-8"),
+        template_str=template.read_text("utf-8"),
         run=run,
         base=base,
         name=base or run.base.name or "a model from memory",
@@ -204,11 +195,9 @@ def _code(value: object) -> str:
     """A code span, also inside of a table."""
     text = "".join(c if c.isprintable() else "�" for c in str(value)).replace("|", "¦")
     fence = "`" * (_longest_run(text) + 1)
-    return (
-        f"{fence} {text} {fence}"
-        if len(fence) > 1 or not text.strip()
-        else f"{fence}{text}{fence}"
-    )
+    if len(fence) > 1 or not text.strip():
+        text = f" {text} "
+    return f"{fence}{text}{fence}"
 
 
 def _longest_run(text: str) -> int:

@@ -132,6 +132,8 @@ share_axis = partial(
     axis, tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1}
 )
 log_axis = partial(axis, type="log", tickformat=".5~g", nticks=4)
+# names below each other, the first at the top
+_DOWNWARDS = {"type": "category", "autorange": "reversed"}
 
 
 def _heat(*, bar: Plotly, **values: Any) -> Plotly:
@@ -225,11 +227,9 @@ def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
     most = max(1, _CELLS // len(pruning.blocks))
     if len(kinds) <= most:
         return kinds
-    first = list(kinds.items())[: most - 1]
-    rest = list(kinds.values())[most - 1 :]
-    return dict(first) | {
-        f"{len(rest)} other kinds": [linear for part in rest for linear in part]
-    }
+    rest = [kinds.pop(kind) for kind in list(kinds)[most - 1 :]]
+    kinds[f"{len(rest)} other kinds"] = [linear for part in rest for linear in part]
+    return kinds
 
 
 def _heat_map(
@@ -238,11 +238,9 @@ def _heat_map(
     """Values by kind of linear and block: fractions, or coloured by ``log``. The text has a place for their range."""
 
     def z(value: float | None) -> float | None:
-        if not log:
+        if not log or value is None:
             return value
-        if value is None or value <= 0:
-            return None
-        return math.log10(value)
+        return math.log10(value) if value > 0 else None
 
     shown = short_number if log else percent
     name, title, text = heading
@@ -256,13 +254,14 @@ def _heat_map(
         for value in row
         if value is not None and math.isfinite(value)
     ]
-    ends = (
-        {}
-        if log or not known
-        else {"zmin": max(0.0, min(known) - 0.05), "zmax": min(1.0, max(known) + 0.05)}
-    )
+    ends = {}
+    if known and not log:  # else equal values would have the colours of both ends
+        ends = {
+            "zmin": max(0.0, min(known) - 0.05),
+            "zmax": min(1.0, max(known) + 0.05),
+        }
     trace = _heat(
-        **ends,  # else equal values would have the colours of both ends
+        **ends,
         z=[[z(value) for value in row] for row in values.values()],
         x=blocks,
         y=list(map(escape, values)),
@@ -272,7 +271,7 @@ def _heat_map(
     )
     layout = {
         "xaxis": _whole_axis("block", blocks, showgrid=False, zeroline=False),
-        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+        "yaxis": {**_DOWNWARDS, "showgrid": False},
     }
     text = text.format(
         f"from {shown(min(known, default=None))} to {shown(max(known, default=None))}"
@@ -315,22 +314,22 @@ def maps(pruning: Pruning) -> list[Chart]:
 def experts_chart(pruning: Pruning) -> Chart:
     """The tokens and the score of every expert of the dense model, by block, and which experts stayed."""
     first = pruning.experts[0]
-    every = [str(number) for number in range(len(pruning.experts[0].tokens))]
+    every = [str(number) for number in range(len(first.tokens))]
     shares: list[Values] = []
     rows: list[list[str]] = []
     for mixture in pruning.experts:
-        known = [
-            (count / max(1, sum(mixture.tokens)), at in mixture.kept)
-            for at, count in enumerate(mixture.tokens)
-        ]
-        shares.append([share if stays else None for share, stays in known])
-        said = [
-            f"{'kept' if stays else 'removed'}, {share:.1%}" for share, stays in known
-        ]
+        total = max(1, sum(mixture.tokens))
+        pairs = zip(mixture.tokens, mixture.scores, strict=False)
+        shares.append(
+            [
+                count / total if at in mixture.kept else None
+                for at, count in enumerate(mixture.tokens)
+            ]
+        )
         rows.append(
             [
-                f"{what}, score {number(score)}"
-                for what, score in zip(said, mixture.scores, strict=False)
+                f"{'kept' if at in mixture.kept else 'removed'}, {count / total:.1%}, score {number(score)}"
+                for at, (count, score) in enumerate(pairs)
             ]
         )
     blocks = [str(mixture.block) for mixture in pruning.experts]
@@ -342,27 +341,21 @@ def experts_chart(pruning: Pruning) -> Chart:
         hovertemplate="block %{y}, expert %{x}<br>%{text}<extra></extra>",
         bar=axis("tokens", tickformat=".0%"),
     )
-    errors = [
-        number(fmean(x))
-        for x in zip(*((x.error, x.refitted) for x in pruning.experts), strict=True)
-    ]
+    error = number(fmean(x.error for x in pruning.experts))
+    refitted = number(fmean(x.refitted for x in pruning.experts))
     text = (
         f"{len(first.kept)} of {len(every)} experts stayed in each mixture; removed ones are blank. Colours are shares "
-        f"of the calibration tokens. The mean error of the mixtures' outputs is {errors[0]}"
-        + (f", and {errors[1]} refitted." if errors[0] != errors[1] else ".")
+        f"of the calibration tokens. The mean error of the mixtures' outputs is {error}"
     )
-    layout = {
-        "xaxis": {"type": "category", **axis("expert")},
-        "yaxis": {"type": "category", "autorange": "reversed"},
-    }
-    table = Table(
-        ("block", *every),
-        [(block, *row) for block, row in zip(blocks, rows, strict=True)],
-    )
+    if error != refitted:
+        text += f", and {refitted} refitted"
+    layout = {"xaxis": {"type": "category", **axis("expert")}, "yaxis": _DOWNWARDS}
+    named = zip(blocks, rows, strict=True)
+    table = Table(("block", *every), [(block, *row) for block, row in named])
     return Chart(
         "experts",
         "Experts that stayed",
-        text,
+        f"{text}.",
         table,
         [trace],
         layout,
@@ -398,13 +391,12 @@ def allocation_chart(pruning: Pruning) -> Chart:
 
 def course(pruning: Pruning) -> list[Chart]:
     """The charts of the sweep, the decomposition and the time, each where its values are known."""
-    sweep = [_sweep_chart(pruning.sweeps)] if pruning.sweeps else []
-    time = (
-        [_time_chart(pruning)]
-        if any(value > 0 for value in pruning.whole_seconds.values())
-        else []
-    )
-    return [*sweep, *_decomposition_charts(pruning), *time]
+    drawn = _decomposition_charts(pruning)
+    if pruning.sweeps:
+        drawn.insert(0, _sweep_chart(pruning.sweeps))
+    if any(value > 0 for value in pruning.whole_seconds.values()):
+        drawn.append(_time_chart(pruning))
+    return drawn
 
 
 def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
@@ -515,9 +507,6 @@ def _time_chart(pruning: Pruning) -> Chart:
                 "y": [escape(PHASES.get(name, name)) for name in order],
             }
         ],
-        {
-            "xaxis": axis("seconds"),
-            "yaxis": {"type": "category", "autorange": "reversed"},
-        },
+        {"xaxis": axis("seconds"), "yaxis": _DOWNWARDS},
         120 + 26 * len(order),
     )

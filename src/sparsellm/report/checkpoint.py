@@ -53,20 +53,14 @@ class Checkpoint:
         if self.packed:
             return self.file_bytes
         measured = self.decoding()
-        if measured is None:
-            return None
-        return measured[0].packed_disk_bytes
+        return None if measured is None else measured[0].packed_disk_bytes
 
     def decoding(self) -> tuple[Benchmark, Pair] | None:
         """The latest benchmark with decoding, and its speeds while decoding."""
-        return next(
-            (
-                (result, pair)
-                for result in reversed(self.results.benchmarks)
-                if (pair := result.decoding)
-            ),
-            None,
-        )
+        for result in reversed(self.results.benchmarks):
+            if result.decoding:
+                return result, result.decoding
+        return None
 
 
 def read_checkpoint(
@@ -106,20 +100,13 @@ class Row:
 def headline(record: Checkpoint) -> list[Row]:
     """The rows of the table: sparsity, quality, tasks, size, speed."""
     pruning = record.pruning
-    rows = [
-        Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))
-    ]
+    zeros = percent(pruning.sparsity_pruned)
+    rows = [Row("Zeros in the pruned linears", pruned=zeros)]
     if pruning.matrices.weights > pruning.weights:
-        rows.append(
-            Row(
-                "Zeros in all matrices of the blocks",
-                "",
-                None,
-                percent(pruning.sparsity_reached),
-            )
-        )
+        zeros = percent(pruning.sparsity_reached)
+        rows.append(Row("Zeros in all matrices of the blocks", pruned=zeros))
     files = [
-        Row(f"File {file.name}", str(file), None, megabytes(file.bytes / 1e6))
+        Row(f"File {file.name}", str(file), pruned=megabytes(file.bytes / 1e6))
         for file in record.results.exports
     ]
     return [
@@ -145,9 +132,8 @@ def packed_commands(record: Checkpoint) -> list[str]:
     packed = replace(record, name=f"{record.name}-packed")
     name = shlex.quote(packed.name)
     values = "" if run.values == "keep" else f" --values {run.values}"
-    pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}{values}"
     return [
-        pack,
+        f"sparsellm pack {shlex.quote(record.name)} --out {name}{values}",
         _evaluate(packed),
         f"sparsellm bench {name}",
         f"sparsellm report {name}",
@@ -160,12 +146,8 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
     calibration = record.pruning.recipe.get("calibration")
     model = base.model or without_folders(base.name) or "MODEL"
     text = calibration if calibration in _TEXTS else "wikitext2"
-    command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
-    return (
-        f"{command} --tasks {tasks}"
-        if tasks
-        else f"{command} --against {shlex.quote(model)}"
-    )
+    asked = f"--tasks {tasks}" if tasks else f"--against {shlex.quote(model)}"
+    return f"sparsellm eval {shlex.quote(record.name)} --text {text} {asked}"
 
 
 def _quality(record: Checkpoint) -> list[Row]:
@@ -186,35 +168,35 @@ def _quality(record: Checkpoint) -> list[Row]:
             for name, dense, value in evaluation.rows()
         ]
         if against is not None:
-            shown[0] = replace(
-                shown[0], change=_ratio(evaluation.value, against.perplexity.value)
-            )
+            change = _ratio(evaluation.value, against.perplexity.value)
+            shown[0] = replace(shown[0], change=change)
         else:
-            missing = [
-                Row(name, protocol, dense)
-                for name, dense in zip(QUANTITIES[1:3], ("0", "100%"), strict=True)
-            ]
-            shown = [replace(row, command=command) for row in (*shown, *missing)]
+            shown.append(Row(QUANTITIES[1], protocol, "0"))
+            shown.append(Row(QUANTITIES[2], protocol, "100%"))
+            shown = [replace(row, command=command) for row in shown]
         rows += shown
     if rows:
         return rows
     measured = record.pruning.held_out
     if measured is not None:
         detail = f"held-out text: {measured}"
-        ratio = _ratio(measured.perplexity, measured.dense_perplexity)
-        dense_value = f"{measured.dense_perplexity:.4g}"
-        value = f"{measured.perplexity:.4g}"
         return [
-            Row(QUANTITIES[0], detail, dense_value, value, ratio, command),
+            Row(
+                QUANTITIES[0],
+                detail,
+                dense=f"{measured.dense_perplexity:.4g}",
+                pruned=f"{measured.perplexity:.4g}",
+                change=_ratio(measured.perplexity, measured.dense_perplexity),
+                command=command,
+            ),
             Row(QUANTITIES[1], detail, "0", f"{measured.kl:.3g}"),
             Row(QUANTITIES[2], detail, "100%", f"{measured.agreement:.1%}"),
         ]
     rows = [Row(name, command=command) for name in QUANTITIES[:3]]
     best = record.pruning.best_pass
     if best is not None:
-        rows[1] = Row(
-            QUANTITIES[1], "held-out calibration windows", "0", f"{best.held_out:.3g}"
-        )
+        detail = "held-out calibration windows"
+        rows[1] = Row(QUANTITIES[1], detail, "0", f"{best.held_out:.3g}")
     return rows
 
 
@@ -234,12 +216,10 @@ def _sizes(record: Checkpoint) -> list[Row]:
     """Weight files of the directory, and of its packed form if that was measured."""
     detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
     sizes = [(record.name, detail, record.file_bytes)]
-    if (
-        not record.packed
-        and (measured := record.decoding()) is not None
-        and (size := measured[0].packed_disk_bytes)
-    ):
-        sizes.append((measured[0].packed_name or "the packed form", "packed", size))
+    measured = record.decoding()
+    if measured is not None and not record.packed and record.packed_bytes:
+        name = measured[0].packed_name or "the packed form"
+        sizes.append((name, "packed", record.packed_bytes))
     dense = record.pruning.base.bytes
     before = megabytes(dense / 1e6) if dense else None
     return [
@@ -259,26 +239,23 @@ def _speeds(record: Checkpoint) -> list[Row]:
     name = "Tokens a second, decoding"
     measured = record.decoding()
     if measured is None:
-        command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
-        return [
-            Row(name, "" if record.packed else "of the packed form", command=command)
-        ]
+        if record.packed:
+            return [Row(name, command=f"sparsellm bench {shlex.quote(record.name)}")]
+        return [Row(name, "of the packed form")]
     benchmark, pair = measured
     packed = pair.packed
-    rows = []
     packed_name = benchmark.packed_name or "packed"
     detail = f"{packed_name}, batch {packed.batch}, {packed.threads} threads, dense in {benchmark.dense_dtype}"
-    for how, dense in pair.against:
-        rows.append(
-            Row(
-                f"{name}, dense by {how}",
-                detail,
-                dense=number(dense.median),
-                pruned=number(packed.median),
-                change=_ratio(packed.median, dense.median),
-            )
+    return [
+        Row(
+            f"{name}, dense by {how}",
+            detail,
+            dense=number(dense.median),
+            pruned=number(packed.median),
+            change=_ratio(packed.median, dense.median),
         )
-    return rows
+        for how, dense in pair.against
+    ]
 
 
 def _ratio(value: float, reference: float) -> str:

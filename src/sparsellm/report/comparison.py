@@ -15,11 +15,13 @@ from pydantic import Field
 
 from sparsellm.arguments import Out, PathGiven, checked
 from sparsellm.errors import StorageError, shown
-from sparsellm.records import Protocol, error_of
+from sparsellm.records import Evaluation, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import (
     Chart,
+    Measure,
     Plotly,
+    Shown,
     Table,
     megabytes,
     number,
@@ -53,6 +55,14 @@ _MEASURES: dict[str, Callable[[float], str]] = {
         number,
     ),
 }
+
+
+class _Run(NamedTuple):
+    """A run, and what was measured of it."""
+
+    name: str
+    record: Checkpoint
+    values: _Values
 
 
 class Candidate(NamedTuple):
@@ -124,106 +134,76 @@ def render_comparison(
     records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None
 ) -> bytes:
     """The comparison as HTML."""
-    protocols = [
-        evaluation.protocol
-        for record in records
-        for evaluation in record.results.latest().values()
-    ]
-    counts = Counter(setting.key for setting in protocols)
+    counts = Counter(key for record in records for key in record.results.latest())
     # by which most runs were measured
-    protocol = max(protocols, key=lambda setting: counts[setting.key], default=None)
-    names = _names(records)
-    values = _values(records, names, protocol)
-    methods = [
-        " ".join(
-            str(run.pruning.recipe.get(key) or "") for key in ("method", "pattern")
-        )
-        for run in records
-    ]
-    seconds = [f"{sum(run.pruning.whole_seconds.values()):,.0f} s" for run in records]
-    measured = {"perplexity"}.union(*(numbers for _, numbers in values[1:]))
-    columns = {key: text for key, text in _MEASURES.items() if key in measured}
-    decoded = [
-        name
-        for name, record in zip(names, records, strict=True)
-        if record.decoding() is not None
-    ]
-    measured_elsewhere = {*decoded} - {
-        name for name, numbers in values if "tokens/s" in numbers
-    }
-    summary = []
-    for (name, numbers), method, took in zip(
-        values, ["", *methods], ["", *seconds], strict=True
-    ):
-        elsewhere = (
-            dict.fromkeys(_SPEEDS, "another machine or batch")
-            if name in measured_elsewhere
-            else {}
-        )
-        cells = (
-            text(numbers[k]) if k in numbers else elsewhere.get(k, "not measured")
-            for k, text in columns.items()
-        )
+    key = max(counts, key=lambda key: counts[key], default=())
+    evaluations = [record.results.latest().get(key) for record in records]
+    dense, runs = _measured(records, evaluations)
+    measured = {"perplexity"}.union(*(run.values for run in runs))
+    columns = [name for name in _MEASURES if name in measured]
+    summary = [(DENSE, "", *_cells(dense, columns), "")]
+    for name, record, values in runs:
+        recipe = record.pruning.recipe
+        method = f"{recipe.get('method') or ''} {recipe.get('pattern') or ''}"
+        elsewhere = record.decoding() is not None and "tokens/s" not in values
+        cells = _cells(values, columns, elsewhere=elsewhere)
+        took = f"{sum(record.pruning.whole_seconds.values()):,.0f} s"
         summary.append((name, method.strip(), *cells, took))
-    quality = _quality(values)
-    depth = _depth(records, names)
+    quality = _quality(dense, runs)
+    depth = _depth(runs)
     commands = commands_of(row for record in records for row in headline(record))
-    again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
-    packed = max_bytes is not None or None not in [
-        record.packed_bytes for record in records
-    ]
-    runs = [
-        Candidate(
-            name,
-            numbers["recovery"],
-            (record.packed_bytes or 0) if packed else _left(record),
-            numbers["KL"],
-        )
-        for (name, numbers), record in zip(values[1:], records, strict=True)
-        if "recovery" in numbers and (record.packed_bytes or not packed)
-    ]
+    if commands:
+        names = shlex.join(record.name for record in records)
+        commands.append(f"sparsellm report {names} --out compare.html")
+    packed = max_bytes is not None or all(record.packed_bytes for record in records)
+    candidates = _candidates(runs, packed)
     best = [
         (_size(x, packed), x.name, short_number(x.kl), percent(x.recovery))
-        for x in best_at_each_size(runs)
+        for x in best_at_each_size(candidates)
     ]
     return page(
         "comparison.html.jinja",
         f"{len(records)} pruned versions of {records[0].model}",
         [*quality, *depth],
-        sections=[
-            ("runs", "The runs"),
-            ("quality", "Quality"),
-            ("depth", "By depth"),
-            ("made", "How they were made"),
-        ],
-        model=records[0].model,
-        records=records,
-        names=names,
-        protocol=str(protocol) if protocol is not None else "",
+        runs=runs,
+        protocol=next((run.protocol for run in evaluations if run is not None), ""),
         summary=Table(("run", "method", *columns, "prune"), summary),
-        advice=_advice(runs, packed, recover, max_bytes),
+        advice=_advice(candidates, packed, recover, max_bytes),
         best=Table(("size", "run", "KL", "recovery"), best),
-        commands=[*commands, again] if commands else [],
+        commands=commands,
         packed_commands=[
-            x
+            command
             for record in records
             if record.decoding() is None
-            for x in packed_commands(record)[:-1]
+            for command in packed_commands(record)[:-1]
         ],
         quality=quality,
         depth=depth,
     )
 
 
-def _names(records: Sequence[Checkpoint]) -> list[str]:
-    """The names of the directories, with a number where the dense model or an earlier one is called alike."""
-    names = [DENSE]
-    for record in records:
-        tried = chain(
-            [record.name], (f"{record.name} ({number})" for number in count(2))
-        )
-        names.append(next(name for name in tried if name not in names))
-    return names[1:]
+def _cells(
+    values: _Values, columns: Sequence[str], *, elsewhere: bool = False
+) -> list[str]:
+    """Measurements as texts; ``elsewhere``: the speeds were measured, but do not compare."""
+    absent = dict.fromkeys(columns, "not measured")
+    if elsewhere:
+        absent |= dict.fromkeys(_SPEEDS, "another machine or batch")
+    return [
+        _MEASURES[name](values[name]) if name in values else absent[name]
+        for name in columns
+    ]
+
+
+def _candidates(runs: Sequence[_Run], packed: bool) -> list[Candidate]:
+    """The runs of which recovery and size are known; with ``packed``, the size is that of the packed files."""
+    candidates = []
+    for name, record, values in runs:
+        size = record.packed_bytes if packed else _left(record)
+        if size is not None and "recovery" in values:
+            recovery = values["recovery"]
+            candidates.append(Candidate(name, recovery, size=size, kl=values["KL"]))
+    return candidates
 
 
 def _left(record: Checkpoint) -> float:
@@ -257,8 +237,11 @@ def _advice(
     def said(run: Candidate) -> str:
         return f"{run.name} ({percent(run.recovery)} recovery, {_size(run, packed)})"
 
-    asked = [f"a recovery of {percent(recover)} or more"] if recover is not None else []
-    asked += [f"at most {megabytes(max_bytes / 1e6)}"] if max_bytes is not None else []
+    asked = []
+    if recover is not None:
+        asked.append(f"a recovery of {percent(recover)} or more")
+    if max_bytes is not None:
+        asked.append(f"at most {megabytes(max_bytes / 1e6)}")
     best = recommend(runs, recover, max_bytes)
     most = max(runs, key=lambda run: run.recovery)
     if best is None:
@@ -272,17 +255,14 @@ def _advice(
     return text
 
 
-def _values(
-    records: Sequence[Checkpoint], names: list[str], protocol: Protocol | None
-) -> list[tuple[str, _Values]]:
-    """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
-    values: list[tuple[str, _Values]] = []
+def _measured(
+    records: Sequence[Checkpoint], evaluations: Sequence[Evaluation | None]
+) -> tuple[_Values, list[_Run]]:
+    """The measurements of the dense model, as far as the runs know them, and the runs. Where the dense model or an
+    earlier run is called alike, a run's name has a number."""
+    runs: list[_Run] = []
     setting = None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
-    evaluations = [
-        record.results.latest().get(protocol.key) if protocol is not None else None
-        for record in records
-    ]
     perplexities = [
         run.dense.perplexity.value
         for run in evaluations
@@ -296,53 +276,55 @@ def _values(
                 math.isclose(value, other, rel_tol=SAME) for other in perplexities
             ),
         )
-    for name, record, evaluation in zip(names, records, evaluations, strict=True):
-        one: _Values = {
+    for record, evaluation in zip(records, evaluations, strict=True):
+        values: _Values = {
             "zeros": record.pruning.sparsity_pruned,
             "weight files": record.file_bytes / 1e6,
         }
         if record.pruning.base.bytes:
             dense.setdefault("weight files", record.pruning.base.bytes / 1e6)
         if evaluation is not None:
-            one["perplexity"] = evaluation.value
+            values["perplexity"] = evaluation.value
             against = evaluation.dense
             if against is not None and math.isclose(
                 dense["perplexity"], against.perplexity.value, rel_tol=SAME
             ):
-                one |= {
+                values |= {
                     "KL": against.kl,
                     "same token": against.agreement,
                     "recovery": against.recovery or 0.0,
                 }
         if (measured := record.decoding()) is not None:
-            pair = measured[1]
-            taken = (measured[0].machine, pair.packed.batch)
+            benchmark, pair = measured
+            taken = (benchmark.machine, pair.packed.batch)
             setting = setting or taken
-        # speeds of another machine or batch do not compare
-        if measured is not None and taken == setting:
-            dense.setdefault("tokens/s", pair.dense.median)
-            one |= {
-                "tokens/s": pair.packed.median,
-                "× dense by transformers": pair.ratio.dense_by_transformers,
-            }
-            if pair.ratio.same_decoder is not None:
-                one["× dense, same decoder"] = pair.ratio.same_decoder
-        values.append((name, one))
-    return [(DENSE, dense), *values]
+            # speeds of another machine or batch do not compare
+            if taken == setting:
+                dense.setdefault("tokens/s", pair.dense.median)
+                values["tokens/s"] = pair.packed.median
+                values["× dense by transformers"] = pair.ratio.dense_by_transformers
+                if pair.ratio.same_decoder is not None:
+                    values["× dense, same decoder"] = pair.ratio.same_decoder
+        names = {DENSE, *(run.name for run in runs)}
+        tried = chain([record.name], (f"{record.name} ({n})" for n in count(2)))
+        name = next(name for name in tried if name not in names)
+        runs.append(_Run(name, record, values))
+    return dense, runs
 
 
-def _quality(values: Sequence[tuple[str, _Values]]) -> list[Chart]:
+def _quality(dense: _Values, runs: Sequence[_Run]) -> list[Chart]:
     """Perplexity against size, speed and sparsity, each where a run has both values."""
     drawn = []
+    everything = [(DENSE, dense), *((run.name, run.values) for run in runs)]
     for name, x, measure in (
         ("size", charts.axis("weight files, MB"), "weight files"),
         ("speed", charts.axis("tokens a second, decoding"), "tokens/s"),
         ("sparsity", charts.share_axis("zeros in the pruned linears"), "zeros"),
     ):
         points = [
-            (place, run, of[measure], of["perplexity"])
-            for place, (run, of) in enumerate(values)
-            if {measure, "perplexity"} <= of.keys()
+            (place, name_of, values[measure], values["perplexity"])
+            for place, (name_of, values) in enumerate(everything)
+            if {measure, "perplexity"} <= values.keys()
         ]
         if any(place for place, *_ in points):
             drawn.append(_scatter(name, x, measure, points))
@@ -372,13 +354,9 @@ def _scatter(
     traces = []
     for place, label, at, y in points:
         trace = charts.line(label, [at], [y], place - 1)
-        marker = {
-            "color": charts.COLOURS[(place - 1) % len(charts.COLOURS)],
-            **trace["marker"],
-            "size": 12,
-        }
+        marker = {"color": trace["line"]["color"], **trace["marker"], "size": 12}
         if not place:
-            marker |= {"size": 14, "color": charts.COLOURS[-1], "symbol": "star"}
+            marker |= {"size": 14, "symbol": "star"}
             text += f"; the dense model, the dashed line, has {number(y)}"
             layout["shapes"] = [charts.reference_line(y)]
         traces.append(
@@ -397,35 +375,31 @@ def _scatter(
     )
 
 
-def _depth(records: Sequence[Checkpoint], names: Sequence[str]) -> list[Chart]:
+def _depth(runs: Sequence[_Run]) -> list[Chart]:
     """Sparsity and error over the blocks, a line for each run."""
-    linears = {
-        name: record.pruning.linears
-        for name, record in zip(names, records, strict=True)
-    }
-    blocks = sorted({block for record in records for block in record.pruning.blocks})
+    blocks = sorted({block for run in runs for block in run.record.pruning.blocks})
     text = "Over the pruned linears of each block, one line for each run."
-    sparsity = {
-        name: charts.by_block(part, blocks, charts.sparsity_of)
-        for name, part in linears.items()
-    }
-    error = {
-        name: charts.by_block(part, blocks, error_of) for name, part in linears.items()
-    }
-    x = ("block", blocks)
+
+    def drawn(name: str, title: str, axis: Plotly, of: Measure, shown: Shown) -> Chart:
+        series = {
+            run.name: charts.by_block(run.record.pruning.linears, blocks, of)
+            for run in runs
+        }
+        return charts.lines((name, title, text), ("block", blocks), axis, series, shown)
+
     return [
-        charts.lines(
-            ("depth-sparsity", "Sparsity by block", text),
-            x,
-            charts.share_axis("zeros"),
-            sparsity,
-            percent,
+        drawn(
+            "depth-sparsity",
+            "Sparsity by block",
+            axis=charts.share_axis("zeros"),
+            of=charts.sparsity_of,
+            shown=percent,
         ),
-        charts.lines(
-            ("depth-error", "Mean error by block", text),
-            x,
-            charts.log_axis("error"),
-            error,
-            short_number,
+        drawn(
+            "depth-error",
+            "Mean error by block",
+            axis=charts.log_axis("error"),
+            of=error_of,
+            shown=short_number,
         ),
     ]

@@ -57,9 +57,8 @@ def write_report(
         MissingExtraError: the chart library is not installed.
     """
     record = read_checkpoint(directory, name)
-    return write_page(
-        render_run(record), record.directory / REPORT if out is None else out
-    )
+    page = render_run(record)
+    return write_page(page, record.directory / REPORT if out is None else out)
 
 
 def write_page(page: bytes, out: Place) -> Path:
@@ -84,13 +83,14 @@ def check_page(out: Place) -> Path:
     text = os.fspath(out)
     given = Path(os.path.expanduser(text))
     place = Path(os.path.realpath(given.parent)) / given.name
-    if place.suffix.lower() not in (".html", ".htm") and not os.path.isdir(place):
-        raise StorageError(
-            f"--out {shown(text)} is not the name of a page; name a file, such as compare.html"
-        )
+    fault = ""
     if os.path.isdir(place):
+        fault = "a directory"
+    elif place.suffix.lower() not in (".html", ".htm"):
+        fault = "not the name of a page"
+    if fault:
         raise StorageError(
-            f"--out {shown(text)} is a directory; name a file, such as compare.html"
+            f"--out {shown(text)} is {fault}; name a file, such as compare.html"
         )
     mark = f'name="generator" content="{GENERATOR}"'.encode()
     if os.path.lexists(place) and mark not in read_bytes(place, _HEAD, StorageError):
@@ -112,23 +112,13 @@ def render_run(record: Checkpoint) -> bytes:
     course = charts.course(pruning)
     linears = charts.maps(pruning)
     allocation = charts.allocation_chart(pruning)
-    linears += [charts.experts_chart(pruning)] if pruning.experts else []
-    sections = [
-        ("headline", "Dense against pruned"),
-        ("linears", "Every linear"),
-        ("depth", "Allocation"),
-    ]
-    sections += [("course", "The course of the run")] * bool(course) + [
-        ("made", "How it was made")
-    ]
-    if record.results.continuations:
-        sections.insert(1, ("continuations", "Continuations"))
+    if pruning.experts:
+        linears.append(charts.experts_chart(pruning))
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
     return page(
         "run.html.jinja",
         f"{record.model}: {pruning.in_short}",
         [*linears, allocation, *course],
-        sections=sections,
         record=record,
         place=shlex.quote(record.name),
         rows=rows,
@@ -159,12 +149,8 @@ def summary_html(pruning: Pruning, path: Path | None) -> str:
     ]
     title = f"{pruning.method} {pruning.target}: {percent(pruning.sparsity_reached)} zeros in the blocks"
     content = Table(("kind of linear", "weights", "zeros", "mean error"), rows)
-    shown_as = (
-        _templates()
-        .get_template("parts.html.jinja")
-        .make_module()
-        .table(content, title)  # type: ignore[attr-defined]
-    )
+    parts: Any = _templates().get_template("parts.html.jinja").make_module()
+    shown_as = parts.table(content, title)
     text = f"{sum(pruning.whole_seconds.values()):.1f} s · peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
     return f"<div>{shown_as}<p>{html.escape(f'{text} · {path}' if path else text)}</p></div>"
 
@@ -173,10 +159,8 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
     """One HTML file with all that it needs: ``figures`` are its charts, and every text in ``context`` is escaped."""
     library, digest = _library()
     folder = importlib.resources.files("sparsellm.report").joinpath("page")
-    script, style = (
-        folder.joinpath(name).read_text(encoding="utf-8")
-        for name in ("charts.js", "style.css")
-    )
+    script = folder.joinpath("charts.js").read_text("utf-8")
+    style = folder.joinpath("style.css").read_text("utf-8")
     policy = (
         f"default-src 'none'; script-src '{_source_hash(script)}' '{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
@@ -191,11 +175,8 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
         "style": style,
         "script": script,
     }
-    text = (
-        _templates()
-        .get_template(template)
-        .render(library=library, figures=drawn, **context)
-    )
+    made = _templates().get_template(template)
+    text = made.render(library=library, figures=drawn, **context)
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -212,21 +193,17 @@ def _templates() -> Environment:
 def _library() -> tuple[str, str]:
     """plotly.js, compressed and in base64, and the hash by which the page's policy lets it run."""
     try:
-        source = (
-            importlib.resources.files("plotly")
-            .joinpath("package_data", "plotly.min.js")
-            .read_text("utf-8")
-        )
+        package = importlib.resources.files("plotly")
+        file = package.joinpath("package_data", "plotly.min.js")
+        source = file.read_text("utf-8")
     except (ModuleNotFoundError, FileNotFoundError):
         raise MissingExtraError(
             "a report needs the package plotly: pip install plotly"
         ) from None
-    return base64.b64encode(gzip.compress(source.encode("utf-8"), 6, mtime=0)).decode(
-        "ascii"
-    ), _source_hash(source)
+    compressed = gzip.compress(source.encode(), 6, mtime=0)
+    return base64.b64encode(compressed).decode(), _source_hash(source)
 
 
 def _source_hash(source: str) -> str:
-    return "sha256-" + base64.b64encode(
-        hashlib.sha256(source.encode("utf-8")).digest()
-    ).decode("ascii")
+    digest = hashlib.sha256(source.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"

@@ -238,15 +238,12 @@ def hub_column(
         raise DataError(
             f"{named} cannot be loaded: {hub_reason(error)}; check name and network, {instead}"
         ) from error
-    if (
-        column == "text"
-        and "messages" in data.column_names
-        and "text" not in data.column_names
-    ):
+    known = data.column_names
+    if column == "text" and "messages" in known and "text" not in known:
         column = "messages"
-    if column not in data.column_names:
+    if column not in known:
         raise DataError(
-            f"{named} has no column {column!r}; its columns: {', '.join(data.column_names)}"
+            f"{named} has no column {column!r}; its columns: {', '.join(known)}"
         )
     texts: Sequence[Any] = data[column]
     return texts

@@ -6,6 +6,7 @@ mixture is several of them, each with its share of the windows: ``wiki.txt:0.5,h
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,11 +70,12 @@ def shares_of(source: str) -> dict[str, float]:
     total = sum(float(share) for _, share in parts)
     shares: dict[str, float] = {}
     for name, share in parts:
-        if not float(share) or name in shares:
-            if name in shares:
-                why = "occurs twice; add its shares"
-            else:
-                why = f"has share {share}; leave it out"
+        why = ""
+        if name in shares:
+            why = "occurs twice; add its shares"
+        elif not float(share):
+            why = f"has share {share}; leave it out"
+        if why:
             raise DataError(
                 f"source {shown(name)} in text mixture {shown(source)} {why}"
             )
@@ -90,9 +92,10 @@ def check_sources(source: str, split: Split) -> list[tuple[str, str]]:
             f"{shown(source)} mixes texts for calibration; to evaluate, name one of them after the other"
         )
     sources = [check_source(part, split) for part in shares]
-    if len(
-        {(name, os.path.realpath(os.path.expanduser(file))) for name, file in sources}
-    ) < len(sources):
+    texts = {
+        (name, os.path.realpath(os.path.expanduser(file))) for name, file in sources
+    }
+    if len(texts) < len(sources):
         raise DataError(
             f"text mixture {shown(source)} names one text twice; add its shares"
         )
@@ -129,17 +132,11 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
             part in source for part in "/\\~"
         )
         if not is_path:
-            hint = nearest(
-                name[:100],
-                [
-                    *_PLAIN,
-                    *(known for known in _WITH_ARGUMENT if known != "file"),
-                    SELF,
-                ],
-            )
             _refuse_kind(source)
+            known = [*_PLAIN, *_WITH_ARGUMENT, SELF]
+            known.remove("file")
             raise DataError(
-                f"unknown text source {shown(source)}; {hint} (a path ends in {_SUFFIXES})"
+                f"unknown text source {shown(source)}; {nearest(name[:100], known)} (a path ends in {_SUFFIXES})"
             )
         name = "file"
         argument = source
@@ -169,15 +166,17 @@ def _refuse_mixture(source: str) -> None:
     for part in parts:
         name, _, share = part.rpartition(":")
         if not name or not share or share in (*_PLAIN, SELF):
-            said = f"{shown(part)} in {shown(source)} has no share of the windows"
-            raise DataError(f"{said}; write {such}")
+            raise DataError(
+                f"{shown(part)} in {shown(source)} has no share of the windows; write {such}"
+            )
         try:
-            wrong = not float(share) > 0
+            value = float(share)
         except ValueError:
-            wrong = True
-        if wrong:
-            said = f"share {shown(share)} of {shown(name)} in {shown(source)} is not a number above 0"
-            raise DataError(f"{said}; write {such}")
+            value = math.nan
+        if not value > 0:
+            raise DataError(
+                f"share {shown(share)} of {shown(name)} in {shown(source)} is not a number above 0; write {such}"
+            )
 
 
 def _refuse_kind(source: str) -> None:
@@ -212,18 +211,17 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     if isinstance(value, Text):
         return value
     if isinstance(value, os.PathLike):
-        path = os.fsdecode(value)
-        value = path
-        if Path(path).suffix.lower() not in READERS:
-            value = f"file:{path}"  # a path, although it may look like a name
+        value = os.fsdecode(value)
+        if Path(value).suffix.lower() not in READERS:
+            value = f"file:{value}"  # a path, although it may look like a name
     if isinstance(value, str):
         check_sources(value, split)
         return value
     # A tokenizer returns such a mapping.
     if isinstance(value, Mapping) and "input_ids" in value:
-        given = value
-        value = _ids(given["input_ids"], name)
-        _refuse_padding([given], name)
+        ids = _ids(value["input_ids"], name)
+        _refuse_padding([value], name)
+        return ids
     if isinstance(value, Tensor | numpy.ndarray):
         return _ids(value, name)
     if (
@@ -267,9 +265,9 @@ def default_source(*, demo: bool) -> tuple[str, list[str]]:
     try:
         corpora.fetch_c4_sample()
     except DataError as error:
-        used = f"calibrated on Python's documentation (pydoc), since no text was named and {error}"
         return "pydoc", [
-            f"{used}; --calibration with a text of the kind that the model reads loses less"
+            f"calibrated on Python's documentation (pydoc), since no text was named and {error}; --calibration with a "
+            "text of the kind that the model reads loses less"
         ]
     return "c4-sample", []
 
@@ -282,11 +280,11 @@ def settle_calibration(
         if recipe.calibration is not None:
             check_sources(recipe.calibration, "calibration")
         return recipe
-    if isinstance(calibration, str):
-        return recipe.updated(calibration=calibration)
     if isinstance(calibration, Tensor):
-        return recipe.updated(calibration=IDS)
-    return recipe.updated(calibration=DOCUMENTS)
+        calibration = IDS
+    elif isinstance(calibration, Text):
+        calibration = DOCUMENTS
+    return recipe.updated(calibration=calibration)
 
 
 def _ids(value: Any, name: str) -> Tensor:
@@ -314,9 +312,9 @@ def _ids(value: Any, name: str) -> Tensor:
         or ids.dim() != 2
         or ids.shape[1] < 2
     ):
-        kind = f"{str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}"
         raise DataError(
-            f"{name}: token ids must be integers of shape (windows, 2 or more); got {kind}"
+            f"{name}: token ids must be integers of shape (windows, 2 or more); got "
+            f"{str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}"
         )
     if not len(ids):
         raise DataError(f"{name} is empty; {_HINT}")

@@ -72,20 +72,20 @@ def documents_of(records: Iterable[tuple[str, Any]]) -> list[Any]:
         if name is not None and isinstance(record[name], _FIELDS[name]):
             documents.append(record[name])
         elif name is not None or not given:
-            why = "has no field 'text' that holds a string, and no list 'messages'"
-            raise DataError(f"{place}, {why}: {shown(record)}")
+            raise DataError(
+                f"{place}, has no field 'text' that holds a string, and no list 'messages': {shown(record)}"
+            )
     return documents
 
 
 def _jsonl_rows(path: Path) -> list[Any]:
-    places = (
-        (f"{path}, line {number}", line)
+    return documents_of(
+        (
+            place := f"{path}, line {number}",
+            parse_json(line, f"{place},", error=DataError),
+        )
         for number, line in enumerate(text_rows(path), start=1)
         if line.strip()
-    )
-    return documents_of(
-        (place, parse_json(line, f"{place},", error=DataError))
-        for place, line in places
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from sparsellm.patterns import round_exactly
 from sparsellm.recipe import Bos
 from sparsellm.text.conversations import rendered
 from sparsellm.text.sources import read_source, shares_of
-from sparsellm.text.texts import Text
+from sparsellm.text.texts import Split, Text
 from sparsepack.errors import Note
 from sparsepack.files import context_limit
 
@@ -61,7 +60,7 @@ def calibration_windows(
     bos: Bos = "auto",
     fresh: int = 0,
 ) -> Tensor:
-    """Calibration windows, drawn at random from a source or a text; the same arguments return the same windows.
+    """Calibration windows, drawn at random from one source or a text; the same arguments return the same windows.
 
     The papers draw offsets into the joined text independently (SparseGPT 2301.00774, GPTQ 2210.17323), so windows may
     overlap. Here they do not overlap if the text is long enough: disjoint windows carry more information at the same
@@ -71,42 +70,28 @@ def calibration_windows(
     begins with it (``leading_token``). Fresh windows overlap with no other, so a short text may have fewer or none;
     those of documents (``c4``) may overlap. Raises DataError if the source cannot be read, the text is too short for
     one window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
-    if isinstance(source, str) and len(shares_of(source)) > 1:
-        return mixed_windows(
-            source,
-            [samples, fresh],
-            lambda part, count, more: calibration_windows(
-                part, tokenizer, count, seq_len, seed, bos, more
-            ),
-        )[0]
     check_memory(samples, seq_len)
-    lead = leading_token(tokenizer, bos)
-    if lead is None:
-        length = seq_len
-    else:
-        length = seq_len - 1
+    reader = _Reader(source, "calibration", tokenizer, bos, seq_len)
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(source, Text):
-        text = source
-    else:
-        text = read_source(source, "calibration")
-    read = partial(_tokens, text, tokenizer, lead)
-    if text.per_document:
-        return _led(
-            _windows_of_documents(text, read, samples + fresh, length, generator), lead
-        )
-    ids = read(_joined(text, tokenizer, lead), least=length + 1)
+    if reader.text.per_document:
+        return reader.windows_of_documents(samples + fresh, generator)
+    length = reader.length
+    ids = reader.tokens(reader.joined(), least=length + 1)
+    said = f"{reader.text.called} has {len(ids)} tokens"
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
-        few = f"{text.called} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn"
-        raise DataError(f"{few}, not {samples}; lower samples, or name a longer text")
+        raise DataError(
+            f"{said}, from which {most} windows of {seq_len} may be drawn, not {samples}; lower samples, or name a "
+            "longer text"
+        )
     if samples * length > len(ids):
-        few = f"{text.called} has {len(ids)} tokens, so that {samples} windows of {seq_len} overlap"
-        warnings.warn(f"{few}; a longer text gives a better model", Note, stacklevel=2)
-    return _led(
-        ids.unfold(0, length, 1)[_offsets(len(ids), samples, fresh, length, generator)],
-        lead,
-    )
+        warnings.warn(
+            f"{said}, so that {samples} windows of {seq_len} overlap; a longer text gives a better model",
+            Note,
+            stacklevel=2,
+        )
+    offsets = _offsets(len(ids), samples, fresh, length, generator)
+    return reader.led(ids.unfold(0, length, 1)[offsets])
 
 
 def mixed_windows(
@@ -134,9 +119,9 @@ def mixed_windows(
     ]
     for name, first in zip(shares, counts[0], strict=True):
         if not first:
-            why = f"its share of {sizes[0]} windows is none; raise its share, or take more windows"
             raise DataError(
-                f"source {shown(name)} in text mixture {shown(source)}: {why}"
+                f"source {shown(name)} in text mixture {shown(source)}: its share of {sizes[0]} windows is none; raise "
+                "its share, or take more windows"
             )
     drawn = [
         iter(draw(name, size, sum(more)))
@@ -151,9 +136,10 @@ def mixed_windows(
             for k in range(size)
         )
         taken = [next(drawn[number], None) for _, number in places]
-        if any(window is None for window in taken):
+        given = [window for window in taken if window is not None]
+        if len(given) < len(taken):
             break
-        windows += [window for window in taken if window is not None]
+        windows += given
         sources += [names[number] for _, number in places]
     return torch.stack(windows), sources
 
@@ -208,22 +194,15 @@ def evaluation_windows(
         raise DataError(
             f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len"
         )
-    lead = leading_token(tokenizer, bos)
-    if lead is None:
-        length = seq_len
-    else:
-        length = seq_len - 1
-    if isinstance(source, Text):
-        text = source
-    else:
-        text = read_source(source, "evaluation")
-    ids = _tokens(text, tokenizer, lead, _joined(text, tokenizer, lead), length)
+    reader = _Reader(source, "evaluation", tokenizer, bos, seq_len)
+    length = reader.length
+    ids = reader.tokens(reader.joined(), least=length)
     windows = len(ids) // length
-    if text.most_windows is not None:
-        windows = min(windows, text.most_windows)
+    if reader.text.most_windows is not None:
+        windows = min(windows, reader.text.most_windows)
     if max_tokens is not None:
         windows = min(windows, max_tokens // seq_len)
-    return _led(ids[: windows * length].view(windows, length), lead)
+    return reader.led(ids[: windows * length].view(windows, length))
 
 
 def seq_len_of(config: PretrainedConfig, asked: int | None) -> int:
@@ -248,88 +227,114 @@ def check_memory(windows: int, seq_len: int) -> None:
     needed = 8 * windows * seq_len
     free = machine.free_memory()
     if needed > free:
-        take = f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids"
         raise DataError(
-            f"{take}, and {free / 1e9:.1f} GB of memory are free; lower samples, effort or seq_len"
+            f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and {free / 1e9:.1f} GB "
+            "of memory are free; lower samples, effort or seq_len"
         )
 
 
-def _joined(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
-    """The text as one string, with conversations written by the chat template. A DataError says that the template
-    refuses one, or that memory is short."""
-    parts = []
-    size = 0
-    free = machine.free_memory()
-    for document in text.documents:
-        if document is not None:  # data sets have nulls
-            if not isinstance(document, str):
-                document = _chat(document, tokenizer, lead)
-            parts.append(document)
-            size += len(document)
-        if TOKENISING * size > max(1 << 28, free):  # before the next one is read
-            raise _too_long(text, size, free, "more than ")
-    return text.joiner.join(parts)
+class _Reader:
+    """A text, given or named, whose tokens are read. ``lead`` is the token with which every window begins, if there is
+    one; ``length`` are the tokens of a window behind it."""
 
+    def __init__(
+        self,
+        given: Given,
+        split: Split,
+        tokenizer: PreTrainedTokenizerBase,
+        bos: Bos,
+        seq_len: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.lead = leading_token(tokenizer, bos)
+        self.length = seq_len if self.lead is None else seq_len - 1
+        self.text = given if isinstance(given, Text) else read_source(given, split)
 
-def _too_long(text: Text, characters: int, free: int, more: str = "") -> DataError:
-    return DataError(
-        f"{text.called} has {more}{characters / 1e6:.1f} million characters; tokenising it takes about "
-        f"{TOKENISING * characters / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
-    )
+    def joined(self) -> str:
+        """The text as one string, with conversations written by the chat template. A DataError says that the template
+        refuses one, or that memory is short."""
+        joiner = self.text.joiner
+        parts = []
+        size = -len(joiner)
+        free = machine.free_memory()
+        for document in self.text.documents:
+            if document is not None:  # data sets have nulls
+                if not isinstance(document, str):
+                    document = self._chat(document)
+                parts.append(document)
+                size += len(joiner) + len(document)
+            # before the next one is read
+            if TOKENISING * size > max(1 << 28, free):
+                raise DataError(
+                    f"{self.text.called} has more than {size / 1e6:.1f} million characters; tokenising it takes about "
+                    f"{TOKENISING * size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
+                )
+        return joiner.join(parts)
 
+    def _chat(self, messages: Any) -> str:
+        """A conversation by the chat template, without the BOS that ``led`` puts before windows."""
+        try:
+            if not self.tokenizer.chat_template:
+                raise DataError("the tokenizer has no chat template")
+            for message in messages:
+                for field in ("role", "content"):
+                    if not isinstance(message[field], str):
+                        raise DataError(f"a {field} is not a string")
+            text = rendered(self.tokenizer, messages, asks=False)
+        except (DataError, KeyError, TypeError) as error:
+            why = error if isinstance(error, DataError) else one_line(error)
+            raise DataError(
+                f"a conversation of the text cannot be read: {why}"
+            ) from None
+        if self.lead is None:
+            return text
+        return text.removeprefix(str(self.tokenizer.bos_token))
 
-def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
-    """A conversation by the chat template, without the BOS that ``_led`` puts before windows."""
-    try:
-        if not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template")
-        for message in messages:
-            for field in ("role", "content"):
-                if not isinstance(message[field], str):
-                    raise DataError(f"a {field} is not a string")
-        text = rendered(tokenizer, messages, asks=False)
-    except DataError as error:
-        raise DataError(f"a conversation of the text cannot be read: {error}") from None
-    except (KeyError, TypeError) as error:  # not a list of messages
-        raise DataError(
-            f"a conversation of the text cannot be read: {one_line(error)}"
-        ) from None
-    if lead is None:
-        return text
-    return text.removeprefix(str(tokenizer.bos_token))
+    def tokens(self, text: str, least: int = 0) -> Tensor:
+        """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that ``led`` puts before windows."""
+        # verbose=False: the warning that a text is longer than the model's positions does not apply here.
+        ids = self.tokenizer(
+            text,
+            verbose=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        if self.lead is not None and ids[:1] == [self.lead]:
+            ids = ids[1:]
+        if len(ids) < least:
+            raise DataError(
+                f"{self.text.called} has {len(ids)} tokens and {least} are needed for one window; lower seq_len, or "
+                "name a longer text"
+            )
+        return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
+    def led(self, windows: Tensor) -> Tensor:
+        """The windows with BOS before each of them, if there is one."""
+        if self.lead is None:
+            return windows
+        first = windows.new_full((len(windows), 1), self.lead)
+        return torch.cat([first, windows], dim=1)
 
-def _tokens(
-    text: Text,
-    tokenizer: PreTrainedTokenizerBase,
-    lead: int | None,
-    joined: str,
-    least: int = 0,
-) -> Tensor:
-    """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that ``_led`` puts before windows."""
-    needed = TOKENISING * len(joined)
-    # asking takes a millisecond
-    if needed > 1 << 28 and needed > (free := machine.free_memory()):
-        raise _too_long(text, len(joined), free)
-    # verbose=False: the warning that a text is longer than the model's positions does not apply here.
-    ids = tokenizer(
-        joined, verbose=False, return_attention_mask=False, return_token_type_ids=False
-    )["input_ids"]
-    if lead is not None and ids[:1] == [lead]:
-        ids = ids[1:]
-    if len(ids) < least:
-        few = (
-            f"{text.called} has {len(ids)} tokens and {least} are needed for one window"
-        )
-        raise DataError(f"{few}; lower seq_len, or name a longer text")
-    return torch.tensor(ids, dtype=torch.int64, device="cpu")
-
-
-def _led(windows: Tensor, lead: int | None) -> Tensor:
-    """The windows with BOS before each of them, if there is one."""
-    if lead is None:
-        return windows
-    return torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
+    def windows_of_documents(self, count: int, generator: torch.Generator) -> Tensor:
+        """A random window in each of ``count`` random documents longer than a window, as SparseGPT reads C4."""
+        documents = self.text.documents
+        windows: list[Tensor] = []
+        misses = 0
+        while len(windows) < count:
+            if misses == _MOST_MISSES or not len(documents):
+                raise DataError(
+                    f"{self.text.called} has too few documents longer than {self.length} tokens ({len(windows)} of "
+                    f"{count} found, and then {misses} shorter ones); lower seq_len"
+                )
+            number = int(torch.randint(len(documents), (), generator=generator))
+            ids = self.tokens(documents[number])
+            misses += 1
+            spare = len(ids) - self.length
+            if spare > 0:
+                misses = 0
+                offset = int(torch.randint(spare, (), generator=generator))
+                windows.append(ids[offset : offset + self.length])
+        return self.led(torch.stack(windows))
 
 
 def _offsets(
@@ -356,32 +361,3 @@ def _offsets(
     ]
     chosen = torch.randperm(len(between), generator=generator)[:fresh]
     return torch.cat([offsets[order], torch.tensor(between, dtype=torch.int64)[chosen]])
-
-
-def _windows_of_documents(
-    text: Text,
-    read: Callable[[str], Tensor],
-    samples: int,
-    length: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
-    windows: list[Tensor] = []
-    misses = 0
-    while len(windows) < samples:
-        if misses == _MOST_MISSES or not len(text.documents):
-            raise DataError(
-                f"{text.called} has too few documents longer than {length} tokens ({len(windows)} of {samples} "
-                f"found, and then {misses} shorter ones); lower seq_len"
-            )
-        ids = read(
-            text.documents[
-                int(torch.randint(len(text.documents), (), generator=generator))
-            ]
-        )
-        misses += 1
-        if len(ids) > length:
-            misses = 0
-            offset = int(torch.randint(len(ids) - length, (), generator=generator))
-            windows.append(ids[offset : offset + length])
-    return torch.stack(windows)

@@ -64,9 +64,7 @@ def loaded(
 
 def found(task: BlockTask) -> list[Channels]:
     """The proved channels of the loaded block."""
-    return find_channels(
-        task.stream, task.index, task.linears, task.patterns, task.note
-    )
+    return find_channels(task)
 
 
 def grams_of(task: BlockTask, linears: list[LinearView]) -> dict[str, Gram]:
@@ -91,7 +89,7 @@ def permuted(
     with loaded(model, **how) as task:
         channels = found(task)
         rotate(task, [group for group in channels if group.rotates])
-        permute_block(task.stream, task.index, channels, None)
+        permute_block(task, channels, None)
     torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
     return (
         task,

@@ -9,7 +9,7 @@ block, with its channels permuted or rotated at random, must have the same outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from sparsellm import parallel
-from sparsellm.model import LinearView, Stream
+from sparsellm.method.blocks.task import BlockTask
+from sparsellm.model import LinearView
 from sparsellm.model.capture import Group, InputGroups, watch
 from sparsellm.model.experts import without_experts
-from sparsellm.patterns import NM, Pattern
+from sparsellm.patterns import NM
 
 UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
 
@@ -70,22 +71,16 @@ class Channels:
 
 
 @torch.no_grad()
-def find_channels(
-    stream: Stream,
-    index: int,
-    linears: Sequence[LinearView],
-    patterns: Mapping[str, Pattern],
-    note: Callable[[LinearView, str], None],
-) -> list[Channels]:
-    """The channels of the loaded block ``index`` whose reader gets an N:M pattern, each proved on one window.
+def find_channels(task: BlockTask) -> list[Channels]:
+    """The channels of the block whose reader gets an N:M pattern, each proved on one window.
 
-    ``patterns`` are those of the ``linears`` to prune, by name. ``note`` tells the user of a reader that is as wide as
-    the stream at its output if no permutation is proved, or if its sources stay dense."""
-    chain = stream.chain
-    tokens, stream_width = stream.hidden[0].shape[1:]
+    A note tells the user of a reader that is as wide as the stream at its output if no permutation is proved, or if its
+    sources stay dense."""
+    chain = task.stream.chain
+    tokens, stream_width = task.stream.hidden[0].shape[1:]
     names = {
         linear.name
-        for linear in without_experts(linears)
+        for linear in without_experts(task.linears)
         if not chain.is_shared(linear.weight_name)
     }
     # all linears that every token of a window reaches, pruned or not, in run order
@@ -95,11 +90,11 @@ def find_channels(
         if x.shape[:-1].numel() == tokens:
             grouping.add(linear, x)
 
-    with watch(without_experts(chain.linears(index)), see):
-        stream.run_window(index)
+    with watch(without_experts(chain.linears(task.index)), see):
+        task.stream.run_window(task.index)
     proved = []
     for position, (reader, *others) in enumerate(grouping.groups):
-        pattern = patterns.get(reader.name)
+        pattern = task.patterns.get(reader.name)
         if (
             others
             or not position
@@ -111,9 +106,7 @@ def find_channels(
         fitting = [
             guess for guess in guesses if guess.inputs.shape[-1] % pattern.m == 0
         ]
-        number, rotates = parallel.from_main(
-            partial(_first_proved, stream, index, fitting)
-        )
+        number, rotates = parallel.from_main(partial(_first_proved, task, fitting))
         if not fitting:
             why = "M divides no group of channels that could be permuted"
         elif number is None:
@@ -125,7 +118,7 @@ def find_channels(
             continue
         # others read the stream, whose channels are those of all blocks
         if reader.out_features == stream_width:
-            note(reader, UNPROVED.format(pattern, why))
+            task.note(reader, UNPROVED.format(pattern, why))
     return proved
 
 
@@ -187,20 +180,18 @@ def _value_rows(linear: LinearView, heads: int, size: int) -> Iterator[Tensor]:
         yield rows.view(1, heads, outputs // heads)[..., -size:]
 
 
-def _first_proved(
-    stream: Stream, index: int, guesses: list[Channels]
-) -> tuple[int | None, bool]:
+def _first_proved(task: BlockTask, guesses: list[Channels]) -> tuple[int | None, bool]:
     """The number of the first guess that holds: with its channels in a random order, the block has the same outputs, up
-    to rounding. And whether it has them after a random rotation too."""
+    to rounding. And whether it has them after a random rotation."""
     before: list[Tensor] = []
     for number, guess in enumerate(guesses):
-        before = before or _outputs(stream, index, guess.reader)
+        before = before or _outputs(task, guess.reader)
         heads, width = guess.inputs.shape[1:]
         generator = torch.Generator().manual_seed(width)
         order = torch.stack(
             [torch.randperm(width, generator=generator) for _ in range(heads)]
         ).to(guess.inputs.device)
-        same = partial(_same, stream, index, guess, before)
+        same = partial(_same, task, guess, before)
         # a permutation rounds nothing
         if same(change=partial(guess.permute, order), roundings=0.25):
             if not guess.rotates:
@@ -212,8 +203,7 @@ def _first_proved(
 
 
 def _same(
-    stream: Stream,
-    index: int,
+    task: BlockTask,
     guess: Channels,
     before: list[Tensor],
     change: Callable[[], None],
@@ -223,13 +213,13 @@ def _same(
     dtype. A wrong guess changes outputs by about their norm, but by little if attention or gains are nearly uniform."""
     linears = guess.linears
     dtypes = [linear.storage_dtype for linear in linears]
-    dtypes.append(stream.chain.dtype)
-    if stream.chain.products is not None:
+    dtypes.append(task.stream.chain.dtype)
+    if task.stream.chain.products is not None:
         dtypes.append(torch.bfloat16)
     tolerance = max(1e-4, *(roundings * torch.finfo(dtype).eps for dtype in dtypes))
     kept = [(linear, linear.weight(), linear.bias) for linear in linears]
     change()
-    after = _outputs(stream, index, guess.reader)
+    after = _outputs(task, guess.reader)
     for linear, weight, bias in kept:
         linear.assign(weight)
         linear.assign_bias(bias)
@@ -240,13 +230,13 @@ def _same(
     )
 
 
-def _outputs(stream: Stream, index: int, reader: LinearView) -> list[Tensor]:
+def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
     """The outputs of a linear and of the block for one window, and the keys and values that some models' blocks put
     into their arguments for later blocks."""
     seen: list[Tensor] = []
     with watch([reader], lambda linear, x, y: seen.append(y.clone())):
-        output = stream.run_window(index)
-    call = stream.first_window[index]
+        output = task.stream.run_window(task.index)
+    call = task.stream.first_window[task.index]
     inside = _inside((call.args, call.kwargs))
     return [*seen, output, *(tensor.clone() for tensor in inside)]
 

@@ -23,15 +23,12 @@ from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.solvers import Solution, Solver
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
-from sparsellm.model.units import FeedForwardUnit, find_feed_forward, relu
+from sparsellm.model.units import Unit, find_feed_forward, relu
 from sparsellm.patterns import NM, Pattern
 from sparsellm.records import Iteration
 
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
 PAYS = 0.75  # sparsity from which they do
-
-# the unit of a block, before it is read into tensors
-Unit = FeedForwardUnit[LinearView]
 
 
 def units_to_alternate(
@@ -46,9 +43,7 @@ def units_to_alternate(
     if asked == 0 or (asked is None and sparsest < PAYS):
         return {}
     chosen: dict[int, tuple[Unit, int]] = {}
-    for unit in find_feed_forward(
-        task.linears, lambda: task.stream.run_window(task.index)
-    ):
+    for unit in find_feed_forward(task.linears, task.stream, task.index):
         linears = unit.linears().values()
         fits = unit.gate is None and unit.activation is relu
         if asked is None:
@@ -112,14 +107,7 @@ def prune_unit(
         if weights is not None:
             flat = [weight.flatten() for weight in weights]
         train, held_out = split(stored(inputs, outputs, flat))
-        alternate(
-            task,
-            unit,
-            train=train,
-            held_out=held_out,
-            solvers=solvers,
-            settings=settings,
-        )
+        alternate(task, unit, train, held_out, solvers=solvers, settings=settings)
 
 
 def alternate(
@@ -132,31 +120,28 @@ def alternate(
 ) -> None:
     """Runs the loop with a solver for each linear, by name, and assigns its results. The history goes to ``down``."""
     linears = unit.linears()
-    scratch = task.stream.scratch
     inside = {
         role: partial(solvers[x.name], pattern=task.patterns[x.name])
         for role, x in linears.items()
     }
     with naming(unit.down.name):
         pruned, history = prune_feed_forward(
-            current(unit), train, held_out, inside, settings, scratch
+            current(unit), train, held_out, inside, settings, task.stream.scratch
         )
-    for role, linear in pruned.unit.linears().items():
+    for role, result in pruned.unit.linears().items():
+        linear = linears[role]
         mask = pruned.masks[role]
-        if task.patterns[linears[role].name].sparsity < 1 and not bool(
-            linear.weight.any()
-        ):
+        if task.patterns[linear.name].sparsity < 1 and not bool(result.weight.any()):
             continue  # its inputs were 0 in every token
         error = math.nan
         steps: tuple[Iteration, ...] = ()
         if role == "down":  # the error is the unit's
             error = pruned.error
             steps = tuple(history)
-        solution = Solution(linear.weight.where(mask, 0.0), mask, error, pruned.notes)
-        task.accept(
-            linears[role], solution.weight, solution=solution, gram=None, history=steps
-        )
-        linears[role].assign_bias(linear.bias)
+        weight = result.weight.where(mask, 0.0)
+        solution = Solution(weight, mask, error, pruned.notes)
+        task.accept(linear, weight, solution, gram=None, history=steps)
+        linear.assign_bias(result.bias)
 
 
 def current(unit: Unit) -> FeedForward:

@@ -26,7 +26,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.files.scratch import TensorStore
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.blocks.channels import find_channels
-from sparsellm.method.blocks.feed_forward import Unit, prune_unit, units_to_alternate
+from sparsellm.method.blocks.feed_forward import prune_unit, units_to_alternate
 from sparsellm.method.blocks.permutation import permute_block
 from sparsellm.method.blocks.rotation import rotate_channels
 from sparsellm.method.blocks.routed import prune_experts
@@ -45,6 +45,7 @@ from sparsellm.method.solvers import SOLVERS, Solver
 from sparsellm.model import LinearView
 from sparsellm.model.capture import Group, RunOrder, skipping, watch
 from sparsellm.model.experts import without_experts
+from sparsellm.model.units import Unit
 from sparsellm.patterns import NM
 from sparsellm.registry import Needs, Options
 
@@ -111,23 +112,15 @@ def prune_in_order(
     """Global pruning by auxiliary targets: linears in order, each sublayer's last one refitted to its dense output."""
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
-    stream = task.stream
-    index = task.index
     weights = None
     if norm_weighting:
-        weights = token_weights(stream.hidden, norm_weighting)
+        weights = token_weights(task.stream.hidden, norm_weighting)
     fixed = any(isinstance(task.patterns[x.name], NM) for x in task.linears)
     if fixed and symmetries != "none":
         _use_symmetries(task, weights, rotates=symmetries == "rotate")
     order = RunOrder()
-    sublayers = find_sublayers(stream, index, task.linears, order=order)
-    solvers = weighted_solvers(
-        solver,
-        task.linears,
-        chain=stream.chain,
-        output_costs=task.output_costs,
-        power=output_metric,
-    )
+    sublayers = find_sublayers(task, order)
+    solvers = weighted_solvers(task, solver, power=output_metric)
     damping = refit_damping if refit else None
     fitting = _Fitting(task, weights, solvers=solvers, damping=damping, order=order)
     units: dict[int, tuple[Unit, int]] = {}
@@ -153,16 +146,8 @@ def _use_symmetries(
     task: BlockTask, weights: list[Tensor] | None, *, rotates: bool
 ) -> None:
     """Rotates values of attention, if ``rotates`` says so, and orders channels, so that N:M costs less."""
-    stream = task.stream
-    index = task.index
     with task.clock.phase("prune/permutation"):
-        channels = find_channels(
-            stream,
-            index,
-            linears=task.linears,
-            patterns=task.patterns,
-            note=task.note,
-        )
+        channels = find_channels(task)
     rotating = [one for one in channels if one.rotates and rotates]
     if rotating:
         task.report("rotation")
@@ -174,7 +159,7 @@ def _use_symmetries(
     if channels:
         task.report("permutation")
         with task.clock.phase("prune/permutation"):
-            permute_block(stream, index, proved=channels, weights=weights)
+            permute_block(task, channels, weights)
 
 
 class _Means:
@@ -240,19 +225,19 @@ class _Fitting:
     def prune_sublayer(self, sublayer: Sublayer) -> None:
         """Prunes one group after another. The writer is refitted to the output that it had before all of them."""
         task = self.task
-        stream = self.task.stream
-        before = [
-            linear
+        changed = any(
+            task.changes(linear)
             for group in sublayer.groups
             for linear in group
             if linear is not sublayer.writer
-        ]
-        changed = any(map(task.changes, before))
+        )
         writer = None
         if self.damping is not None and changed:
             writer = sublayer.writer
         recorded = writer
-        with stream.store() as target:  # batches of the writer's output before pruning
+        with (
+            task.stream.store() as target
+        ):  # batches of the writer's output before pruning
             for group in sublayer.groups:
                 task.report(
                     "+".join(linear.name.rpartition(".")[2] for linear in group)
@@ -272,10 +257,10 @@ class _Fitting:
         task = self.task
         fit = None
         if linear.name in crosses and self.damping is not None:
-            cross = crosses.pop(linear.name)
             with task.clock.phase("prune/solve"), naming(linear.name):
-                fit = least_squares(gram, cross, self.damping, prior=linear.weight())
-            del cross
+                fit = least_squares(
+                    gram, crosses.pop(linear.name), self.damping, prior=linear.weight()
+                )
         if fit is not None or task.changes(linear):
             with means.kept(linear):
                 self.solve(linear, gram, fit)
@@ -317,18 +302,13 @@ class _Fitting:
                 goal = None
                 if cross is not None:
                     goal = target[position]  # read once: it may be on a disk
-                    product = goal
-                    if bias is not None:
-                        product = goal - bias
-                    cross.update(product, x, weights)
+                    cross.update(goal if bias is None else goal - bias, x, weights)
                 means.update(x, goal, weights)
             if linear is recorded:
                 # later operations may change it in place
                 target.append(y.detach().clone())
 
-        outputs = []
-        if recorded is not None:
-            outputs.append(recorded)
+        outputs = [] if recorded is None else [recorded]
         unread = self.order.unread(
             stream.chain.linears(index), inputs=[head], outputs=outputs
         )

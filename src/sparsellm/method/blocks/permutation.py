@@ -15,8 +15,9 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.errors import NumericalError
 from sparsellm.method.blocks.channels import Channels
+from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.solvers.scaling import safe_factor
-from sparsellm.model import LinearView, Stream
+from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
 from sparsellm.patterns import NM
 
@@ -27,17 +28,17 @@ PIECE = 1 << 18  # scores compared at a time, which fit into a processor's cache
 
 @torch.no_grad()
 def permute_block(
-    stream: Stream, index: int, proved: list[Channels], weights: list[Tensor] | None
+    task: BlockTask, proved: list[Channels], weights: list[Tensor] | None
 ) -> None:
-    """Permutes channels of the loaded block ``index``. The first process chooses the permutations, from its first batch
-    and ``weights`` of its tokens, batches ``(batch, seq)`` or None."""
-    orders = parallel.from_main(partial(_orders, stream, index, proved, weights))
+    """Permutes channels of the block. The first process chooses the permutations, from its first batch and ``weights``
+    of its tokens, batches ``(batch, seq)`` or None."""
+    orders = parallel.from_main(partial(_orders, task, proved, weights))
     for channels, order in zip(proved, orders, strict=True):
         channels.permute(order)
 
 
 def _orders(
-    stream: Stream, index: int, proved: list[Channels], weights: list[Tensor] | None
+    task: BlockTask, proved: list[Channels], weights: list[Tensor] | None
 ) -> list[Tensor]:
     """The best order of the channels of each, from the first batch of this process."""
     squares: dict[str, Tensor] = {}
@@ -49,7 +50,7 @@ def _orders(
         squares[linear.name] = rows.mean(0)
 
     with watch([channels.reader for channels in proved], see):
-        stream.run_batch(index, 0)
+        task.stream.run_batch(task.index, 0)
     return [best_order(channels, squares[channels.reader.name]) for channels in proved]
 
 
@@ -73,15 +74,11 @@ def spread(scores: Tensor, pattern: NM) -> Tensor:
     """The natural order of the inputs, ``(inputs,)``, or one in which N:M keeps a larger sum of scores ``(out, in)``:
     inputs are dealt by mean score; then at most ``GROUPS`` groups at a time, spread evenly, exchange members."""
     groups = scores.shape[1] // pattern.m
-    # (groups, m)
-    dealt = (
-        scores.mean(0).argsort(descending=True, stable=True).view(pattern.m, groups).T
-    )
+    order = scores.mean(0).argsort(descending=True, stable=True)
+    dealt = order.view(pattern.m, groups).T  # (groups, m)
     parts = -(-groups // GROUPS)
     ordered = [_exchanged(scores, dealt[part::parts], pattern) for part in range(parts)]
-    natural = torch.arange(scores.shape[1], device=scores.device).view(
-        groups, pattern.m
-    )
+    natural = order.sort().values.view(groups, pattern.m)
 
     def kept(members: Tensor) -> float:
         pieces = (

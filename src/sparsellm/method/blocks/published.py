@@ -55,7 +55,7 @@ def prune_as_published(
         task.solve(linear, solver, gram)
 
     linears = without_experts(task.linears)
-    units = find_feed_forward(linears, lambda: task.stream.run_window(task.index))
+    units = find_feed_forward(linears, task.stream, task.index)
     for unit in units:
         if unit.gate is None and unit.activation.name != "relu":
             raise ModelError(
@@ -101,7 +101,7 @@ def prune_as_published(
                         settings=settings,
                     )
                 except NumericalError as failure:
-                    advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
                     raise NumericalError(
-                        f"{unit.down.name}: {failure}; {advice}"
+                        f"{unit.down.name}: {failure}; options.epochs stops it earlier, options.safeguard=true keeps "
+                        "the best epoch"
                     ) from failure

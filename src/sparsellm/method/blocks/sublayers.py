@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsellm.model import LinearView, Stream
+from sparsellm.method.blocks.task import BlockTask
+from sparsellm.model import LinearView
 from sparsellm.model.capture import Group, InputGroups, RunOrder, watch
 from sparsellm.model.experts import without_experts
 
@@ -26,34 +28,31 @@ class Sublayer:
         return {linear.name for group in self.groups for linear in group}
 
 
-def find_sublayers(
-    stream: Stream, index: int, linears: list[LinearView], order: RunOrder
-) -> list[Sublayer]:
-    """The sublayers of the loaded block ``index``, of which ``linears`` are pruned, recognised on one window. Linears
-    that do not get all its tokens (experts) are left out. ``order`` records the order in which all linears run."""
+def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
+    """The sublayers of the block, as far as it is pruned, recognised on one window. Linears that do not get all its
+    tokens (experts) are left out. ``order`` records the order in which all linears run."""
+    stream = task.stream
     tokens, width = stream.hidden[0].shape[1:]
-    pruned = {linear.name for linear in without_experts(linears)}
+    pruned = {linear.name for linear in without_experts(task.linears)}
     grouping = InputGroups()
-    complete: set[str] = set()  # linears that got all tokens
-    # those that run again, so that a window has several targets
-    repeated: set[str] = set()
+    calls = Counter[
+        str
+    ]()  # with all tokens; after several, a window has several targets
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         order.append(linear.name)
         if linear.name in pruned and x.shape[:-1].numel() == tokens:
-            if linear.name in complete:
-                repeated.add(linear.name)
-            complete.add(linear.name)
+            calls[linear.name] += 1
             grouping.add(linear, x)
 
-    with watch(stream.chain.linears(index), see):
-        stream.run_window(index)
+    with watch(stream.chain.linears(task.index), see):
+        stream.run_window(task.index)
     sublayers: list[Sublayer] = []
     groups: list[Group] = []
-    for group in grouping.agreed(linears):
+    for group in grouping.agreed(task.linears):
         groups.append(group)
         writer = group[0]
-        alone = len(group) == 1 and writer.name not in repeated
+        alone = len(group) == 1 and calls[writer.name] < 2
         if not alone or writer.out_features != width:
             continue
         # In a parallel block the feed-forward unit shares the input of attention, but runs after attention's writer.
@@ -62,8 +61,8 @@ def find_sublayers(
             for sharing in groups
         ]
         early = [
-            [linear for linear in sharing if linear not in after]
-            for sharing, after in zip(groups, late, strict=True)
+            [linear for linear in sharing if not order.runs_later(linear, writer)]
+            for sharing in groups
         ]
         if len(groups) > 1 and all(early):
             sublayers.append(Sublayer(early, writer))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ LOST = 0.01  # the most kept weights, as a fraction of all, that may be too smal
 COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
 ROUNDING = "rounding to"  # how the note of such a linear begins
 UNREACHED = "pruned by magnitude: no calibration token reached it, or all its inputs were 0"  # note in such a result
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -131,32 +134,27 @@ class BlockTask:
         )
 
     def prune_each(
-        self,
-        statistics: list[tuple[Group, Gram]],
-        prune: Callable[[LinearView, Gram], None],
+        self, statistics: list[tuple[Group, T]], prune: Callable[[LinearView, T], None]
     ) -> None:
-        """Calls ``prune`` with every linear and the Gram matrix of its input, in the process that owns the linear; see
-        ``share_out``. A caller that keeps no matrix frees each with its last use."""
-        linears = [linear for group, _ in statistics for linear in group]
-        owners = owners_of(linears)
-        owned = {
-            linear.name
-            for linear, owner in zip(linears, owners, strict=True)
-            if owner == parallel.rank()
-        }
+        """Calls ``prune`` with every linear and the statistics of its group, in the process that owns the linear: the
+        longest work goes first, each to the process with the least to do. See ``share_out``. A caller that keeps no
+        statistics frees each with its last use."""
+        pairs = [(linear, gram) for group, gram in statistics for linear in group]
+        linears = [linear for linear, _ in pairs]
+        owners = parallel.greedy(
+            [linear.out_features * linear.in_features**2 for linear in linears]
+        )
         grams = {
-            linear.name: gram
-            for group, gram in statistics
-            for linear in group
-            if linear.name in owned
+            number: gram
+            for number, (_, gram) in enumerate(pairs)
+            if owners[number] == parallel.rank()
         }
-        del statistics
-
-        def prune_one(number: int) -> None:
-            linear = linears[number]
-            prune(linear, grams.pop(linear.name))
-
-        self.share_out([[linear] for linear in linears], owners, prune_one)
+        del statistics, pairs
+        self.share_out(
+            [[linear] for linear in linears],
+            owners,
+            lambda number: prune(linears[number], grams.pop(number)),
+        )
 
     def share_out(
         self,
@@ -193,12 +191,8 @@ class BlockTask:
                 self.results.append(results[linear.name])
                 _receive(linear.parameter, owner)
                 if linear.name in everything[owner][1]:
-                    empty = torch.empty(
-                        results[linear.name].shape,
-                        dtype=linear.storage_dtype,
-                        device=linear.parameter.device,
-                    )
-                    kept = self.unrounded.get(linear.name, empty)
+                    overwritten = linear.weight().to(linear.storage_dtype)
+                    kept = self.unrounded.get(linear.name, overwritten)
                     self.unrounded[linear.name] = parallel.broadcast_(
                         kept.contiguous(), owner
                     )
@@ -232,11 +226,9 @@ class BlockTask:
             notes = (*notes, *grid.notes)
             exponents = text_of_exponents(grid.exponents)
             if after > before + COARSE:
-                more = (
-                    f"raised its error from {before:.3f} to"
-                    if gram is not None
-                    else "added an error of"
-                )
+                more = f"raised its error from {before:.3f} to"
+                if gram is None:
+                    more = "added an error of"
                 notes = (*notes, f"{ROUNDING} {values} {more} {after:.3f}")
         linear.assign(weight)
         # later passes would name the linears that read its outputs
@@ -267,13 +259,10 @@ class BlockTask:
         self, linear: LinearView, dense: Tensor, solution: Solution, gram: Gram | None
     ) -> tuple[Rounded, float, float]:
         """A pruned weight on its grid, and its errors before and after it is rounded."""
-        # experts get inputs of their own, which a pass does not tell apart
         if gram is None:
-            taken = (
-                []
-                if isinstance(linear.module, ExpertLinear)
-                else self.statistics([linear])
-            )
+            # experts get inputs of their own, which a pass does not tell apart
+            expert = isinstance(linear.module, ExpertLinear)
+            taken = [] if expert else self.statistics([linear])
             gram = taken[0][1] if taken else _equal_inputs(linear)
         with self.clock.phase("prune/rounding"):
             fixed = isinstance(self.patterns[linear.name], NM)
@@ -302,8 +291,7 @@ class BlockTask:
         done = {result.name for result in self.results}
         left = [linear for linear in self.linears if linear.name not in done]
 
-        def prune(number: int) -> None:
-            linear = left[number]
+        def prune(linear: LinearView, _: None) -> None:
             pattern = self.patterns[linear.name]
             weight = linear.weight()
             notes: tuple[str, ...] = ()
@@ -313,7 +301,7 @@ class BlockTask:
             gram = _equal_inputs(linear) if self.rounds(linear) else None
             self.accept(linear, weight, Solution(weight, weight != 0, 0.0, notes), gram)
 
-        self.share_out([[linear] for linear in left], owners_of(left), prune)
+        self.prune_each([(left, None)], prune)
 
 
 def _check_kept(
@@ -330,13 +318,6 @@ def _check_kept(
             f"{linear.name}: {lost} of its {mask.numel()} weights would be kept and are too small for {dtype}; store "
             "the model in float32, or leave it out (exclude)"
         )
-
-
-def owners_of(linears: Sequence[LinearView]) -> list[int]:
-    """The process that prunes each linear: the longest work goes first, each to the process with the least to do."""
-    return parallel.greedy(
-        [linear.out_features * linear.in_features**2 for linear in linears]
-    )
 
 
 def _receive(parameter: Tensor, owner: int) -> None:

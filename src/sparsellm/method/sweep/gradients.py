@@ -20,7 +20,7 @@ from sparsellm import machine, parallel
 from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.files.scratch import TensorStore
 from sparsellm.method.sweep.head import next_token_loss, through_head
-from sparsellm.method.sweep.training import running_on
+from sparsellm.method.sweep.training import add_to, running_on
 from sparsellm.model import Chain, Feed, LinearView, Stream
 from sparsellm.model.capture import watch
 from sparsellm.model.streams import PIECE_TOKENS
@@ -74,10 +74,10 @@ def loss_gradients(
         if not gradient.numel():  # an expert that no token was routed to
             return
         costs = gradient.flatten(0, -2).float().square()  # (tokens, out)
-        _add(squares, linear.name, costs.sum(0))
+        add_to(squares, linear.name, costs.sum(0))
         if saliency:
             rows = x.flatten(0, -2).float().square()  # (tokens, in)
-            _add(fisher, linear.name, (costs.to(dtype).T @ rows.to(dtype)).float())
+            add_to(fisher, linear.name, (costs.to(dtype).T @ rows.to(dtype)).float())
 
     def done(linears: list[LinearView]) -> None:
         sizes = {
@@ -101,13 +101,6 @@ def loss_gradients(
     for name, mean in means.items():
         _check_finite(name, mean)
     return LossGradients(tokens, means, histograms)
-
-
-def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
-    if name in sums:
-        sums[name].add_(part)
-    else:
-        sums[name] = part
 
 
 def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
@@ -185,7 +178,7 @@ def backward_sweep(
             feed.progress(Event("gradients", done_so_far, 2 * blocks, text))
             with (
                 chain.block(index, feed.blocks),
-                running_on(chain, index, _fp32_copies(chain, index)),
+                _running_in_fp32(chain, index),
             ):
                 linears = [
                     linear for linear in chain.linears(index) if linear.name in names
@@ -201,7 +194,7 @@ def backward_sweep(
                 done(linears)
             inputs[index].close()
             machine.trim()  # the copies in fp32 leave holes
-    feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
+    feed.progress(Event("gradients", 2 * blocks, 2 * blocks))
     return loss
 
 
@@ -290,18 +283,20 @@ def _back_through(
             raise
         except RuntimeError as error:  # the model's own code may not be differentiable
             why = str(error).splitlines()[0]
-            block = chain.block_names[index]
             raise ModelError(
-                f"{block} has no gradient ({why}); do without: {WITHOUT}"
+                f"{chain.block_names[index]} has no gradient ({why}); do without: {WITHOUT}"
             ) from error
 
 
-def _fp32_copies(chain: Chain, index: int) -> dict[str, nn.Parameter]:
-    parameters = chain.block_parameters(index).items()
-    return {
+def _running_in_fp32(
+    chain: Chain, index: int
+) -> contextlib.AbstractContextManager[None]:
+    """Replaces the parameters of the loaded block ``index`` by copies in fp32 until the context ends."""
+    copies = {
         name: nn.Parameter(p.detach().float(), requires_grad=False)
-        for name, p in parameters
+        for name, p in chain.block_parameters(index).items()
     }
+    return running_on(chain, index, copies)
 
 
 def _hook(see: See, reads_inputs: bool) -> See:
@@ -313,8 +308,10 @@ def _hook(see: See, reads_inputs: bool) -> See:
 
         def arrived(gradient: Tensor) -> None:
             if reads_inputs and given._version != version:
-                why = f"the model changes the input of {linear.name} in place, so it has no gradient"
-                raise ModelError(f"{why}; do without: {WITHOUT}")
+                raise ModelError(
+                    f"the model changes the input of {linear.name} in place, so it has no gradient; do without: "
+                    f"{WITHOUT}"
+                )
             see(linear, given, gradient.detach())
 
         if y.requires_grad:  # else the loss does not depend on this linear

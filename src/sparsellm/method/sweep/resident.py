@@ -89,18 +89,14 @@ class Resident(Weights):
         for index in range(len(self.chain)):
             flat = self.copied(index)
             self._moments.append(flat.new_zeros(2, len(flat)))
-            saved = self.saved_state(index)
-            if saved is not None:
-                parameters, moments = saved
-                self.replace(index, parameters, moments)
-        self.keep_saved()
+        self.read_saved()
 
     def _load(self) -> _Blocks:
         """Copies of all blocks with the pruned weights in fp32; a parameter of several blocks is one in all of them."""
         chain = self.chain
         copies = []
         shared: dict[str, nn.Parameter] = {}
-        for index in range(len(self.chain)):
+        for index in range(len(chain)):
             with chain.block(index, self.task.pruned(index)):
                 self.describe(index)
                 memo: dict[int, object] = {}
@@ -198,21 +194,20 @@ class Resident(Weights):
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
         steps = []
         for number, some in enumerate(zip_longest(*tokens)):
-            pieces = tuple(None if count is None else number for count in some)
-            steps.append(SweepStep(pieces, sum(count or 0 for count in some)))
+            pieces = tuple(number if count else None for count in some)
+            steps.append(SweepStep(pieces, sum(filter(None, some))))
         return steps
 
     def outputs(
         self, data: TrainingSet, pieces: Sequence[Piece | None]
     ) -> Iterator[tuple[Piece, Tensor]]:
-        narrow = [
-            name
+        before = {
+            name: self._rows(name).clone()
             for name in self._parameters
             if self.dtypes[name] != (torch.float32, torch.float32)
-        ]
-        before = {name: self._rows(name).clone() for name in narrow}
-        for name in narrow:
-            self._rows(name).copy_(self.as_written(name, before[name]))
+        }
+        for name, rows in before.items():
+            self._rows(name).copy_(self.as_written(name, rows))
         try:
             for piece in pieces:
                 output = self._run(data, piece)
@@ -277,10 +272,12 @@ class Resident(Weights):
             [self._rows(name).norm().double().square() for name in self._parameters]
         )
         totals = parallel.all_sum_(squares).tolist()
-        sizes = {}
-        for name, total in zip(self._parameters, totals, strict=True):
-            sizes[name] = (total / self._parameters[name].numel()) ** 0.5
-        return sizes
+        return {
+            name: (total / parameter.numel()) ** 0.5
+            for (name, parameter), total in zip(
+                self._parameters.items(), totals, strict=True
+            )
+        }
 
     def parameters(self, block: int) -> Tensor:
         return self.complete(block, self.copied(block))

@@ -17,6 +17,7 @@ from sparsellm import parallel
 from sparsellm.method.sweep.sweep_task import SweepStep, SweepTask, TrainingSet, Weights
 from sparsellm.method.sweep.training import (
     adam_step,
+    add_to,
     joined,
     running_on,
     send_gradients,
@@ -26,13 +27,6 @@ from sparsellm.model.streams import Piece
 # elements that are put in their places at once, since that takes places in int64
 COPIED = 1 << 20
 MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is kept take as much as is saved
-
-
-def place_dtype(elements: int) -> torch.dtype:
-    """The dtype of places in a block with this number of elements."""
-    if elements < 1 << 31:
-        return torch.int32
-    return torch.int64
 
 
 class Streamed(Weights):
@@ -59,28 +53,21 @@ class Streamed(Weights):
                 self._aliases.append({name: self.chain.home(name) for name in others})
                 self._places.append(self._places_in(trained))
                 flat = self.part(index, joined(trained))
-            saved = self.saved_state(index)
-            if saved is None:
-                moments = flat.new_zeros(2, len(flat))
-            else:
-                flat, moments = saved
-            del saved  # before the next block's are read
             self.store.append(flat)
-            self.store.append(moments)
-        self.keep_saved()
+            self.store.append(flat.new_zeros(2, len(flat)))
+        self.read_saved()
 
     def _places_in(self, trained: Mapping[str, Tensor]) -> Tensor:
         """The places of a block's elements that are not pruned, ``(kept,)``; empty for a block that is stored whole."""
         flags = []
         for name, value in trained.items():
             # As integers: a zero with a sign is kept with it.
-            bits = joined({name: value}).view(torch.int32)
-            if name in self.pruned:
-                flags.append(bits != 0)
-            else:
-                flags.append(torch.ones_like(bits, dtype=torch.bool))
+            flag = joined({name: value}).view(torch.int32) != 0
+            if name not in self.pruned:
+                flag.fill_(True)
+            flags.append(flag)
         kept = torch.cat(flags)
-        dtype = place_dtype(len(kept))
+        dtype = torch.int32 if len(kept) < 1 << 31 else torch.int64
         if int(kept.count_nonzero()) > MOST_KEPT * len(kept):
             return torch.empty(0, dtype=dtype, device=kept.device)
         return kept.nonzero().flatten().to(dtype)
@@ -205,21 +192,16 @@ class Streamed(Weights):
                 for name in used:  # straight through the rounding
                     parameters[name].grad = used[name].grad
             trained = {name: parameters[name] for name in self.shapes[index]}
-            borrowed = {
-                first: name
-                for name, (at, first) in self._aliases[index].items()
-                if at != index
-            }
-            added = dict(borrowed)  # the name here of each parameter by its first name
-            for name in trained.keys() & waiting.keys():
-                added[name] = name
-            for first, name in added.items():
-                part = parameters[name].grad
-                if part is not None and first in waiting:
-                    waiting[first] = waiting[first] + part
-                elif part is not None:
-                    waiting[first] = part
-            for name in trained.keys() & waiting.keys():
+            returned = trained.keys() & waiting.keys()
+            # the parameters by their first names
+            shared = {name: trained[name] for name in returned}
+            for name, (at, first) in self._aliases[index].items():
+                if at != index:
+                    shared[first] = parameters[name]
+            for first, parameter in shared.items():
+                if parameter.grad is not None:
+                    add_to(waiting, first, parameter.grad)
+            for name in returned:
                 trained[name].grad = waiting.pop(name)
             if piece is not None and self.integers is not None:
                 self.integers.pull_back(trained, used, index)

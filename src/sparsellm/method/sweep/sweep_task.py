@@ -147,7 +147,7 @@ class Weights(ABC):
                         trained = self.integers.of(trained, index)
                     del flat
                     for name, value in trained.items():
-                        chain.block_parameters(index)[name].copy_(value)
+                        chain.value(name).copy_(value)
                 elif self.integers is not None:
                     self.integers.settle(index)
                 chain.settle_block(index)
@@ -175,42 +175,40 @@ class Weights(ABC):
 
     def trained(self, index: int) -> dict[str, Tensor]:
         """What is trained in the loaded block: the parameters it owns, and factors of groups if values are rounded."""
-        trained: dict[str, Tensor] = {}
-        for name, parameter in self.chain.block_parameters(index).items():
-            if self.chain.owns(name):
-                trained[name] = parameter
+        trained: dict[str, Tensor] = {
+            name: parameter
+            for name, parameter in self.chain.block_parameters(index).items()
+            if self.chain.owns(name)
+        }
         if self.integers is not None:
-            trained.update(self.integers.factors(index))
+            trained |= self.integers.factors(index)
         return trained
 
     def describe(self, index: int) -> dict[str, Tensor]:
         """Notes names, shapes and dtypes of the loaded block, the next one; returns what is trained in it."""
         trained = self.trained(index)
-        parameters = self.chain.block_parameters(index)
         self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
         self.shapes.append({name: tensor.shape for name, tensor in trained.items()})
-        for name, parameter in parameters.items():
+        for name, parameter in self.chain.block_parameters(index).items():
             self.dtypes[name] = (parameter.dtype, self.chain.stored_dtype(name))
         return trained
 
-    def saved_state(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """This process's part of the parameters and moments after the last saved pass, if more passes follow it."""
+    def read_saved(self) -> None:
+        """Takes this process's part of the state after the last saved pass, if more passes follow, and keeps the best
+        parameters of the saved passes, if there are any."""
         saved = self.task.saved
         if saved is None or saved.last is None:
-            return None
+            return
         number = saved.last.history[-1].passes
-        if not 0 < number < self.task.passes:
-            return None
-        parameters = self.part(index, saved.read("parameters", number, index))
-        moments = self.part(index, saved.read("moments", number, index))
-        return parameters, moments
-
-    def keep_saved(self) -> None:
-        """Keeps the best parameters of the saved passes, if there are any."""
-        saved = self.task.saved
-        if saved is not None and saved.last is not None and saved.last.best:
-            self.best = saved.last.best
-            for index in range(len(self.chain)):
+        self.best = saved.last.best
+        for index in range(len(self.chain)):
+            if 0 < number < self.task.passes:
+                self.replace(
+                    index,
+                    self.part(index, saved.read("parameters", number, index)),
+                    moments=self.part(index, saved.read("moments", number, index)),
+                )
+            if self.best:
                 best = saved.read("parameters", self.best, index)
                 self._best_store.append(self.part(index, best))
                 del best

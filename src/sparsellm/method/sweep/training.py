@@ -41,6 +41,14 @@ def running_on(
             chain.set_parameter(name, before[name])
 
 
+def add_to(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    """Adds ``part`` to the sum with this name, in place; the first part becomes the sum."""
+    if name in sums:
+        sums[name].add_(part)
+    else:
+        sums[name] = part
+
+
 def joined(tensors: Mapping[str, Tensor]) -> Tensor:
     """The elements of all tensors in order, ``(elements,)`` fp32."""
     return torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
