@@ -278,11 +278,11 @@ def assembled(
 ) -> PackedWeight:
     """The packed weight of a linear from its stored tensors by field; a FormatError if it is inconsistent."""
     parts = dict(parts)
-    value_type = READ_AS.get(entry.value_type, entry.value_type)
+    value_type = READ_AS[entry.value_type]
     if "offsets" not in parts:
         parts["offsets"] = dense_offsets(entry.shape, value_type)
     narrower = None
-    if entry.value_type in BITS:  # the offsets say how many values there are
+    if entry.value_type != value_type:  # the offsets say how many values there are
         narrower = entry.value_type
         offsets = parts["offsets"]
         rows = (entry.shape[0] + 1,)
@@ -339,8 +339,8 @@ def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> 
             raise FormatError(
                 f"packed weight {name}: {field} is {known}, not {shape}; {PACK_AGAIN}"
             )
-    bits = {**BITS, "int4": 4}.get(entry.value_type, 8 * values.element_size())
-    if entry.layout == "dense" and 8 * values.nbytes < bits * out * columns:
+    needed = BITS[entry.value_type] * out * columns  # bits
+    if entry.layout == "dense" and 8 * values.nbytes < needed:
         raise FormatError(
             f"packed weight {name}: values is {tuple(values.shape)}, too few for {(out, columns)}; {PACK_AGAIN}"
         )

@@ -12,6 +12,7 @@ from sparsepack.codes import (
     STORED_AS,
     VALUE_TYPES,
     group_of,
+    offsets_of,
 )
 from sparsepack.errors import FormatError
 from sparsepack.layout import LAYOUTS, PackedWeight
@@ -139,13 +140,13 @@ def _check_counts(packed: PackedWeight, offsets: Tensor) -> None:
             "a bit of a dense weight's mask is not set",
         )
         counts = counts.expand(out)
-    if packed.value_type == "int4":  # every row begins on a byte
-        counts = counts + counts % 2
-    wrong = (counts != offsets.diff()).nonzero()
+    sizes = offsets.diff()
+    needed = offsets_of(counts, packed.value_type).diff()
+    wrong = (sizes != needed).nonzero()
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(
-            f"row {row} has {int(offsets.diff()[row])} values, its mask keeps {int(counts[row])}"
+            f"row {row} has {int(sizes[row])} values, its mask keeps {int(needed[row])}"
         )
 
 
