@@ -15,7 +15,7 @@ from functools import cache, partial
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 NM = tuple[int, int]
 """``(n, m)`` means that ``n`` of every ``m`` consecutive columns are kept."""
@@ -44,8 +44,10 @@ def mask_stride(columns: int) -> int:
 
 def to_bits(kept: Tensor) -> Tensor:
     """Bool ``(out, in)`` as a bitmask ``(out, stride)``."""
-    padded = nn.functional.pad(kept.cpu(), (0, -kept.shape[1] % 64))
-    return torch.from_numpy(bytes_of_bits(padded.numpy()))
+    out, columns = kept.shape
+    padded = numpy.zeros((out, 8 * mask_stride(columns)), dtype=bool)
+    padded[:, :columns] = kept.cpu().numpy()
+    return torch.from_numpy(bytes_of_bits(padded))
 
 
 def from_bits(mask: Tensor, columns: int) -> Tensor:
