@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsepack.checkpoint import PackedEntry, assembled, check_parts
+from sparsepack.checkpoint import PackedEntry, assembled
 from sparsepack.codes import STORED_AS
 from sparsepack.errors import FormatError
 from sparsepack.layout import FIELDS, PackedWeight, as_bitmask
@@ -120,7 +120,6 @@ class Shards:
         for name, entry, tensors in zip(
             self.names, self.entries, self._tensors, strict=True
         ):
-            check_parts(name, entry, tensors)
             weights.append(as_bitmask(assembled(name, entry, tensors)))
         return weights
 

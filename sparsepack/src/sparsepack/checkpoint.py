@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +28,13 @@ from sparsepack.codes import BITS, FLOAT_TYPES, READ_AS, WRITTEN_TYPES, widened
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.files import read_object
 from sparsepack.layout import FIELDS, LAYOUTS, PackedWeight, dense_offsets, unpack
-from sparsepack.masks import NM, PATTERNS, mask_stride, row_bytes
-from sparsepack.validation import PACK_AGAIN, validate
+from sparsepack.masks import NM
+from sparsepack.validation import (
+    PACK_AGAIN,
+    check_shapes,
+    refused_by_name,
+    validate,
+)
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 5
@@ -172,7 +178,7 @@ class PackedTensors:
     """The packed linears of a checkpoint.
 
     Args:
-        directory, files: the checkpoint and its weight files.
+        files: the weight files of a checkpoint, all in one directory.
         described: a tensor of the dtype and shape of each stored one, by name; it may be on the meta device.
         get: reads a stored tensor.
 
@@ -187,12 +193,11 @@ class PackedTensors:
 
     def __init__(
         self,
-        directory: Path,
         files: list[Path],
         described: Mapping[str, Tensor],
         get: Callable[[str], Tensor],
     ) -> None:
-        self.directory = directory
+        directory = files[0].parent
         self._get = get
         config = read_object(directory / "config.json")
         if not is_packed(config):
@@ -203,17 +208,19 @@ class PackedTensors:
         listed = check_files(directory, files, config["quantization_config"])
         # for each packed linear, the names of its tensors by field
         self._parts: dict[str, dict[str, str]] = {}
+        self.nbytes: dict[str, int] = {}
         for name, entry in self.entries.items():
+            names = {field: f"{name}.weight_{field}" for field in FIELDS}
             parts = {
-                field: f"{name}.weight_{field}"
-                for field in FIELDS
-                if f"{name}.weight_{field}" in described
+                field: described[key]
+                for field, key in names.items()
+                if key in described
             }
+            _check_parts(name, entry, parts)
             placeholder = described.get(f"{name}.weight")
-            missing = _missing(entry, parts)
-            if missing or placeholder is None:
+            if placeholder is None:
                 raise FormatError(
-                    f"packed weight {name} has no {(*missing, 'placeholder')[0]} in {directory}; {PACK_AGAIN}"
+                    f"packed weight {name} has no placeholder in {directory}; {PACK_AGAIN}"
                 )
             # save_pretrained, which writes no packed.json, writes it in the dtype in which the model was loaded.
             other = listed and placeholder.dtype != entry.torch_dtype
@@ -226,14 +233,8 @@ class PackedTensors:
                     f"the placeholder {name}.weight in {directory} is {placeholder.dtype} {tuple(placeholder.shape)}, "
                     f"not {entry.torch_dtype} (1,); {PACK_AGAIN}"
                 )
-            _check_sizes(
-                name, entry, {field: described[key] for field, key in parts.items()}
-            )
-            self._parts[name] = parts
-        self.nbytes = {
-            name: sum(described[key].nbytes for key in parts.values())
-            for name, parts in self._parts.items()
-        }
+            self._parts[name] = {field: names[field] for field in parts}
+            self.nbytes[name] = sum(part.nbytes for part in parts.values())
         self.hidden = {key for parts in self._parts.values() for key in parts.values()}
         for key in described:
             name, _, field = key.rpartition(".weight_")
@@ -274,83 +275,56 @@ class PackedTensors:
 
 
 def assembled(
-    name: str, entry: PackedEntry, parts: Mapping[str, Tensor]
+    name: str, entry: PackedEntry, stored: Mapping[str, Tensor]
 ) -> PackedWeight:
-    """The packed weight of a linear from its stored tensors by field; a FormatError if it is inconsistent."""
-    parts = dict(parts)
-    value_type = READ_AS.get(entry.value_type, entry.value_type)
-    if "offsets" not in parts:
+    """The packed weight of a linear from its stored tensors by field; a FormatError if one is missing, or they are
+    inconsistent."""
+    _check_parts(name, entry, stored)
+    value_type = READ_AS[entry.value_type]
+    parts: dict[str, Any] = {**dict.fromkeys(FIELDS), **stored}
+    if parts["offsets"] is None:
         parts["offsets"] = dense_offsets(entry.shape, value_type)
     narrower = None
-    if entry.value_type in BITS:  # the offsets say how many values there are
+    if entry.value_type != value_type:
         narrower = entry.value_type
-        offsets = parts["offsets"]
-        rows = (entry.shape[0] + 1,)
-        try:
-            if offsets.dtype != torch.int64 or tuple(offsets.shape) != rows:
-                raise ValueError(
-                    f"offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}"
-                )
-            values = widened(parts["values"], int(offsets[-1]), narrower)
-            parts["values"] = values
-        except ValueError as error:
-            raise FormatError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
-    described = {
-        "shape": entry.shape,
-        "layout": entry.layout,
-        "value_type": value_type,
-        "pattern": entry.pattern,
-    }
-    tensors = {field: parts.get(field) for field in FIELDS}
-    packed = PackedWeight(**described, **tensors, narrower=narrower)  # type: ignore[arg-type]
+        # the offsets say how many values there are
+        values = int(parts["offsets"][-1])
+        with refused_by_name(name):
+            parts["values"] = widened(stored["values"], values, narrower)
+    packed = PackedWeight(
+        entry.shape,
+        entry.layout,
+        value_type=value_type,
+        pattern=entry.pattern,
+        narrower=narrower,
+        **parts,
+    )
     validate(packed, name)
     return packed
 
 
-def _missing(entry: PackedEntry, parts: Mapping[str, object]) -> list[str]:
-    """The fields of a packed linear that are needed and not there."""
+def _check_parts(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:
+    """Refuses stored tensors of a packed linear that lack one or are too small for its shape, before memory for that
+    shape is taken; ``sparsepack.validation.validate`` checks what they contain."""
     needed = FIELDS[:2] if entry.layout == "dense" else FIELDS[:3]
-    return [field for field in needed if field not in parts]
-
-
-def check_parts(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:
-    """Refuses stored tensors of a packed linear that lack one or are too small, before memory is taken."""
-    missing = _missing(entry, parts)
-    if missing:
-        raise FormatError(f"packed weight {name} has no {missing[0]}; {PACK_AGAIN}")
-    _check_sizes(name, entry, parts)
-
-
-def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:
-    """Refuses a packed linear whose tensors are too small for its shape, before memory for that shape is taken;
-    ``sparsepack.validation.validate`` checks what they contain."""
-    out, columns = entry.shape
-    values = parts["values"]
-    width = mask_stride(columns)
-    if entry.layout == "nm" and entry.pattern in PATTERNS:
-        width = row_bytes(entry.pattern, columns)
-    shapes = {
-        "mask": (1 if entry.layout == "dense" else out, width),
-        "offsets": (out + 1,),
-    }
-    for field, shape in shapes.items():
-        if (part := parts.get(field)) is not None and tuple(part.shape) != shape:
-            known = f"{part.dtype} {tuple(part.shape)}"
-            raise FormatError(
-                f"packed weight {name}: {field} is {known}, not {shape}; {PACK_AGAIN}"
+    for field in needed:
+        if field not in parts:
+            raise FormatError(f"packed weight {name} has no {field}; {PACK_AGAIN}")
+    with refused_by_name(name):
+        check_shapes(entry, parts)
+        values = parts["values"]
+        bits = BITS[entry.value_type] * math.prod(entry.shape)
+        if entry.layout == "dense" and 8 * values.nbytes < bits:
+            raise ValueError(
+                f"values is {tuple(values.shape)}, too few for {entry.shape}"
             )
-    bits = {**BITS, "int4": 4}.get(entry.value_type, 8 * values.element_size())
-    if entry.layout == "dense" and 8 * values.nbytes < bits * out * columns:
-        raise FormatError(
-            f"packed weight {name}: values is {tuple(values.shape)}, too few for {(out, columns)}; {PACK_AGAIN}"
-        )
 
 
 @contextmanager
-def opened_weights(file: Path, framework: str) -> Iterator[Any]:
+def opened_weights(file: Path) -> Iterator[Any]:
     """A safetensors file, opened; a FormatError says that it cannot be read."""
     try:
-        with file.open("rb"), safe_open(file, framework=framework) as opened:
+        with file.open("rb"), safe_open(file, framework="pt") as opened:
             yield opened
     except OSError as error:  # Python's own: safetensors calls each a missing file
         raise FormatError(f"cannot read {file}: {error.strerror or error}") from None
@@ -364,12 +338,10 @@ def open_packed(files: list[Path]) -> PackedTensors:
     """The packed linears in the weight files of a checkpoint, all in one directory; raises as the class does."""
     mapped: dict[str, Tensor] = {}
     for file in files:
-        with opened_weights(file, "pt") as opened:
+        with opened_weights(file) as opened:
             mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     # A copy, as a mapped file that is truncated later ends the process.
-    return PackedTensors(
-        files[0].parent, files, mapped, lambda name: mapped[name].clone()
-    )
+    return PackedTensors(files, mapped, lambda name: mapped[name].clone())
 
 
 def adapter_in(directory: Path) -> str | None:

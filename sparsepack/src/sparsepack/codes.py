@@ -12,31 +12,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from sparsepack.arguments import SHORT_DTYPES
 from sparsepack.errors import FormatError, SettingError
+from sparsepack.masks import bits_of_bytes, bytes_of_bits
 
 FLOAT_TYPES: dict[str, torch.dtype] = {
     short: getattr(torch, name) for short, name in SHORT_DTYPES.items()
 }
-VALUE_TYPES = (*FLOAT_TYPES, "int8", "int4")  # in memory
-BITS = {
+STORED_AS = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
+VALUE_TYPES = tuple(STORED_AS)  # in memory
+TYPE_OF = {dtype: value_type for value_type, dtype in STORED_AS.items()}
+BITS = {  # of a value in a file
+    "bf16": 16,
+    "fp16": 16,
+    "fp32": 32,
+    "int8": 8,
+    "int4": 4,
     "int6": 6,
     "int5": 5,
     "int3": 3,
-}  # bits of a value, for the types that only files have
-# what a reader makes of them, since kernels run it; int8 has the scales of groups then
-READ_AS = {"int6": "int8", "int5": "int8", "int3": "int4"}
-WRITTEN_TYPES = (*VALUE_TYPES, *BITS)  # in files
-GROUPED = ("int6", "int5", "int4", "int3")  # whose scales belong to groups of columns
-STORED_AS = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
-INTEGERS_IN_MEMORY = ("int8", "int4")
-_NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+}
+WRITTEN_TYPES = tuple(BITS)  # in files
+# What a reader makes of a type in a file, since kernels run it. int8 has the scales of groups then.
+READ_AS = {value_type: value_type for value_type in VALUE_TYPES}
+READ_AS |= {"int6": "int8", "int5": "int8", "int3": "int4"}
 
 GROUPS = (32, 64, 128, 256, 512, 1024)  # columns that may share a scale
 CODES = 16  # those of int4; int3 has the eight in the middle
@@ -134,6 +137,7 @@ PLAIN = {
     "int4": Levels(tuple(range(-8, 8))),
     "int3": Levels(tuple(range(-4, 4))),
 }
+GROUPED = ("int6", "int5", "int4", "int3")  # whose scales belong to groups of columns
 # Least squared errors of the demo model's linears in the metric of their inputs, for 50 and 70 % of zeros (Lloyd's
 # method); those of single linears and other sparsities are within a few units of these. -128 is a power of two, so that
 # a scale can be read off the value of largest magnitude exactly. int4 has none: such numbers lower the error of its
@@ -150,9 +154,12 @@ def whole_numbers(
     values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False
 ) -> Tensor:
     """The nearest of ``levels`` in units of ``scales``; ``zero`` as in ``Levels.nearest``."""
-    return levels.nearest(
-        values / torch.where(scales == 0, math.inf, scales), zero=zero
-    )
+    return levels.nearest(in_units_of(scales, values), zero=zero)
+
+
+def in_units_of(units: Tensor, values: Tensor) -> Tensor:
+    """Values as multiples of units, which are broadcast; 0 where a unit is 0."""
+    return values / torch.where(units == 0, math.inf, units)
 
 
 def levels_of(value_type: str, layout: str) -> Levels:
@@ -165,11 +172,11 @@ def levels_of(value_type: str, layout: str) -> Levels:
 def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
     """``keep`` as the name of ``dtype`` (FormatError if it has no packed form); a SettingError for an unknown name."""
     if value_type == "keep":
-        if dtype not in _NAME_OF:
+        if dtype not in TYPE_OF:
             raise FormatError(
                 f"values of {dtype} have no packed form; choose one of {', '.join(VALUE_TYPES)}"
             )
-        return _NAME_OF[dtype]
+        return TYPE_OF[dtype]
     if value_type not in WRITTEN_TYPES:
         raise SettingError(
             f"unknown value type {value_type!r:.100}; choose one of keep, {', '.join(WRITTEN_TYPES)}"
@@ -215,15 +222,6 @@ def exponents_of_text(text: str) -> Tensor | None:
     return torch.tensor(exponents, dtype=torch.int8)
 
 
-class Encoded(NamedTuple):
-    """Kept values in the fields of ``sparsepack.layout.PackedWeight``."""
-
-    values: Tensor
-    offsets: Tensor
-    scales: Tensor | None = None
-    levels: Tensor | None = None
-
-
 def encode_values(
     weight: Tensor,
     kept: Tensor,
@@ -231,8 +229,9 @@ def encode_values(
     group: int | None,
     exponents: Tensor | None,
     layout: str,
-) -> Encoded:
-    """The values of a floating weight ``(out, in)`` where bool ``kept`` is set.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The values of a floating weight ``(out, in)`` where bool ``kept`` is set, scales and levels, as
+    ``sparsepack.layout.PackedWeight`` has them.
 
     Args:
         weight, kept: see above.
@@ -245,11 +244,6 @@ def encode_values(
     Raises:
         FormatError: a value overflows the type, or is not finite and the type is an integer.
     """
-    counts = kept.count_nonzero(dim=1)
-    slots = counts
-    if READ_AS.get(value_type, value_type) == "int4":  # every row begins on a byte
-        slots = counts + counts % 2
-    offsets = nn.functional.pad(slots.cumsum(0), (1, 0))
     if value_type in FLOAT_TYPES:
         values = weight[kept]
         stored = values.to(FLOAT_TYPES[value_type])
@@ -258,7 +252,7 @@ def encode_values(
             raise FormatError(
                 f"{overflowed} weights are too large for {value_type}; choose bf16 or fp32"
             )
-        return Encoded(stored, offsets)
+        return stored, None, None
     exact = weight.float()
     if exponents is not None:
         exact = exact * powers_of(-exponents)
@@ -269,85 +263,65 @@ def encode_values(
     if value_type == "int8":
         scales = exact.abs().amax(dim=1) / 127
         numbers = whole_numbers(exact, scales.unsqueeze(1), PLAIN["int8"], zero=True)
-        return Encoded(numbers[kept].to(torch.int8), offsets, scales)
+        return numbers[kept].to(torch.int8), scales, None
     assert group is not None
-    groups = groups_of(weight.shape[1], group)
-    padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).reshape(
-        -1, group
-    )
+    rows, columns = weight.shape
+    grouped = nn.functional.pad(exact, (0, -columns % group)).reshape(-1, group)
     levels = levels_of(value_type, layout)
-    if not levels.even and not _is_on(padded, levels):
+    if not levels.even and not _is_on(grouped, levels):
         levels = PLAIN[value_type]
-    numbers, scales, _ = _quantise_groups(padded, levels)
-    scales = scales.view(len(weight), groups)
-    numbers = numbers.view(len(weight), -1)[:, : weight.shape[1]][kept]
-    if READ_AS.get(value_type) == "int8":
-        return Encoded(numbers.to(torch.int8), offsets, scales)
-    rows, rank = places(counts)
-    codes = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
-    codes[offsets[rows] + rank] = levels.codes(numbers)
-    return Encoded(in_pairs(codes), offsets, scales, levels.table)
+    numbers, scales, _ = _quantise_groups(grouped, levels)
+    scales = scales.view(rows, -1)
+    numbers = numbers.view(rows, -1)[:, :columns][kept]
+    if READ_AS[value_type] == "int8":
+        return numbers.to(torch.int8), scales, None
+    codes = levels.codes(numbers)
+    return bytes_of_codes(codes, kept.count_nonzero(dim=1)), scales, levels.table
 
 
-def decode_values(
-    value_type: str,
-    stored: Encoded,
-    rows: slice,
-    kept: Tensor,
-    group: int | None,
-    exponents: Tensor | None,
-) -> Tensor:
-    """The kept values of some rows of a weight, in order; floating types as they are stored, integers as fp32.
-
-    ``kept``: bool ``(rows, in)``. Other arguments are those of ``encode_values``."""
-    values, offsets, scales, levels = stored
-    start = int(offsets[rows.start])
-    stop = int(offsets[rows.stop])
-    if value_type in FLOAT_TYPES:
-        return values[start:stop]
-    assert scales is not None
-    counts = kept.count_nonzero(dim=1)
-    if group is None:
-        exact = values[start:stop].float() * scales[rows].repeat_interleave(counts)
-    else:
-        row, rank = places(counts)
-        if value_type == "int8":
-            numbers = values[start:stop].float()
-        else:
-            codes = nibbles(values[start // 2 : stop // 2])
-            numbers = _numbers_of(codes[(offsets[rows] - start)[row] + rank], levels)
-        columns = kept.nonzero()[:, 1]
-        exact = numbers * scales[rows][row, columns // group].float()
-    if exponents is not None:
-        exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
-    return exact
+def offsets_of(counts: Tensor, value_type: str) -> Tensor:
+    """Where the values of each row begin, from their numbers ``(rows,)``, and where the last ones end, int64
+    ``(rows + 1,)``. A row of int4 begins on a byte."""
+    if READ_AS[value_type] == "int4":
+        counts = counts + counts % 2
+    return nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _numbers_of(codes: Tensor, levels: Tensor | None) -> Tensor:
-    """The whole numbers of codes of int4, fp32."""
-    if levels is None:
-        return codes.float() - CODES // 2
-    return levels.float()[codes.int()]
+def bytes_of_codes(codes: Tensor, counts: Tensor) -> Tensor:
+    """Codes of int4, of rows with ``counts (rows,)`` of them, two to a byte; a row begins on a byte."""
+    places, slots = _slots(counts)
+    padded = torch.full((slots,), CODES // 2, dtype=torch.uint8)
+    padded[places] = codes
+    return _in_pairs(padded)
+
+
+def codes_of_bytes(data: Tensor, counts: Tensor) -> Tensor:
+    """The inverse of ``bytes_of_codes``."""
+    places, _ = _slots(counts)
+    return _nibbles(data)[places]
+
+
+def _slots(counts: Tensor) -> tuple[Tensor, int]:
+    """Where each code of int4 stands, in codes, from their numbers in each row; and where the last row ends."""
+    offsets = offsets_of(counts, "int4")
+    # by how much the rows before are longer than their codes
+    unused = offsets[:-1] - (counts.cumsum(0) - counts)
+    places = unused.repeat_interleave(counts)
+    places += torch.arange(len(places), device=counts.device)
+    return places, int(offsets[-1])
 
 
 def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -> int:
     """Bytes of values, scales and levels, for ``counts (out,)`` values and ``groups`` scales in each row."""
-    kept = int(counts.sum())
-    if value_type in FLOAT_TYPES:
-        return kept * FLOAT_TYPES[value_type].itemsize
+    bits = int(offsets_of(counts, value_type)[-1]) * BITS[value_type]
+    size = -(-bits // 8)
     if value_type == "int8":
-        return kept + 4 * len(counts)
-    if READ_AS.get(value_type, value_type) == "int4":  # every row begins on a byte
-        kept = int((counts + counts % 2).sum())
-    values = _bytes_of_bits(kept * BITS.get(value_type, 4))
-    scales = 2 * groups * len(counts)
-    if levels_of(value_type, layout).even:
-        return values + scales
-    return values + scales + CODES
-
-
-def _bytes_of_bits(bits: int) -> int:
-    return (bits + 7) // 8
+        size += 4 * len(counts)
+    elif value_type in GROUPED:
+        size += 2 * groups * len(counts)
+        if not levels_of(value_type, layout).even:
+            size += CODES
+    return size
 
 
 def narrowed(values: Tensor, value_type: str) -> Tensor:
@@ -356,14 +330,12 @@ def narrowed(values: Tensor, value_type: str) -> Tensor:
     The bits are those of the number minus the lowest one of the type, the least significant first. Values of int3 are
     codes of int4 that are all 4 … 11, two to a byte."""
     if value_type == "int3":
-        codes = nibbles(values) - CODES // 4
+        codes = _nibbles(values) - CODES // 4
     else:
         # wraps around: -1 becomes 255, and then half the range minus 1
         codes = values.view(torch.uint8) - PLAIN[value_type].lowest
-    bits = numpy.unpackbits(
-        codes.view(-1, 1).numpy(), axis=1, count=BITS[value_type], bitorder="little"
-    )
-    return torch.from_numpy(numpy.packbits(bits.reshape(-1), bitorder="little"))
+    bits = bits_of_bytes(codes.view(-1, 1).numpy(), count=BITS[value_type])
+    return torch.from_numpy(bytes_of_bits(bits.reshape(-1)))
 
 
 def widened(data: Tensor, values: int, value_type: str) -> Tensor:
@@ -373,31 +345,28 @@ def widened(data: Tensor, values: int, value_type: str) -> Tensor:
         values < 0
         or (values % 2 and value_type == "int3")
         or data.dtype != torch.uint8
-        or tuple(data.shape) != (_bytes_of_bits(count * values),)
+        or tuple(data.shape) != (-(-count * values // 8),)
     ):
         raise ValueError(
             f"{data.dtype} {tuple(data.shape)} are not {values} values of {count} bits"
         )
-    bits = numpy.unpackbits(data.numpy(), bitorder="little")
+    bits = bits_of_bytes(data.numpy())
     if bits[count * values :].any():
         raise ValueError(f"a bit after the last value of {count} bits is set")
-    codes = torch.from_numpy(
-        numpy.packbits(
-            bits[: count * values].reshape(-1, count), axis=1, bitorder="little"
-        )
-    ).view(-1)
+    places = bits[: count * values].reshape(-1, count)
+    codes = torch.from_numpy(bytes_of_bits(places)).view(-1)
     if value_type == "int3":
-        return in_pairs(codes + CODES // 4)
+        return _in_pairs(codes + CODES // 4)
     return codes.view(torch.int8) + PLAIN[value_type].lowest
 
 
-def nibbles(pairs: Tensor) -> Tensor:
+def _nibbles(pairs: Tensor) -> Tensor:
     """The codes of int4, two from each byte."""
     return torch.stack((pairs & 15, pairs >> 4), dim=1).view(-1)
 
 
-def in_pairs(codes: Tensor) -> Tensor:
-    """The inverse of ``nibbles``."""
+def _in_pairs(codes: Tensor) -> Tensor:
+    """The inverse of ``_nibbles``."""
     pairs = codes.view(-1, 2)
     return pairs[:, 0] | (pairs[:, 1] << 4)
 
@@ -446,11 +415,3 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
         scales = torch.where(better, scale, scales)
         numbers = torch.where(better, tried, numbers)
     return numbers, scales.squeeze(1).bfloat16(), best
-
-
-def places(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The row of each kept value, and its rank in that row, from 0."""
-    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    first_of_row = counts.cumsum(0) - counts
-    numbers = torch.arange(len(rows), device=counts.device)
-    return rows, numbers - first_of_row[rows]

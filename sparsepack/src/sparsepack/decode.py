@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsepack import native
-from sparsepack.codes import FLOAT_TYPES
-from sparsepack.layout import PackedWeight
+from sparsepack.codes import FLOAT_TYPES, TYPE_OF
+from sparsepack.layout import PackedWeight, dense_offsets
 from sparsepack.masks import to_bits
 from sparsepack.module import PackedLinear, kernel_name
 
@@ -282,14 +282,13 @@ def dense_weight(weight: Tensor) -> PackedWeight:
     """A dense weight ``(out, in)`` of fp32, bf16 or fp16 in the layout of the kernels, without a copy."""
     weight = weight.detach().contiguous()
     rows, columns = weight.shape
-    kind = next(name for name, dtype in FLOAT_TYPES.items() if dtype == weight.dtype)
-    mask = to_bits(torch.ones(1, columns, dtype=torch.bool))
+    value_type = TYPE_OF[weight.dtype]
     return PackedWeight(
         (rows, columns),
         "dense",
-        mask=mask,
+        mask=to_bits(torch.ones(1, columns, dtype=torch.bool)),
         values=weight.view(-1),
-        offsets=torch.arange(rows + 1) * columns,
+        offsets=dense_offsets((rows, columns), value_type),
         scales=None,
-        value_type=kind,
+        value_type=value_type,
     )

@@ -28,7 +28,7 @@ from sparsepack.grids import GRIDS, LARGEST_FP16, LEAST, Grid, grid_for
 from sparsepack.layout import form_of
 from sparsepack.minima import on_lines
 
-INTEGERS = ("int8", "int6", "int5", "int4", "int3")
+INTEGERS = tuple(PLAIN)
 FEW = 128  # multiples of LEAST: bf16 has more digits than fp16 below as many
 # weights that are rounded together: what that needs stays in the cache
 AT_ONCE = 1 << 17
@@ -56,7 +56,7 @@ class Groups:
             grid = grid_for(value_type, columns)
             numbers = Levels(grid.numbers)
             return cls(columns, grid.group or columns, numbers, dense=True, grid=grid)
-        layout, group = form_of(weight, value_type)
+        _, layout, group = form_of(weight, value_type)
         return cls(
             columns, group or columns, levels_of(value_type, layout), layout == "dense"
         )

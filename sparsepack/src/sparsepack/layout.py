@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsepack import masks
 from sparsepack.codes import (
-    BITS,
+    CODES,
     EXPONENTS,
     FLOAT_TYPES,
     GROUPED,
     GROUPS,
     READ_AS,
-    Encoded,
     best_group,
     bytes_of_values,
-    decode_values,
+    codes_of_bytes,
     encode_values,
     group_of,
     groups_of,
     narrowed,
+    offsets_of,
+    powers_of,
     resolve_value_type,
 )
 from sparsepack.errors import FormatError, SettingError
@@ -136,6 +138,58 @@ def pack(
         FormatError: the weight is not a floating matrix; ``keep`` is given for a type that has no packed form; or a
             value overflows the value type, or is not finite and the value type is an integer.
     """
+    _check_arguments(weight, layout, exponents, group)
+    value_type = resolve_value_type(value_type, weight.dtype)
+    weight = weight.detach().cpu()
+    kept = weight != 0
+    pattern = None
+    if layout in ("auto", "nm"):
+        pattern = masks.detect(kept)
+    if layout == "nm" and pattern is None:
+        raise SettingError(
+            "the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'"
+        )
+    out, columns = weight.shape
+    counts = kept.count_nonzero(dim=1)
+    forms = _forms(columns, counts, pattern, value_type=value_type, group=group)
+    smallest = min(form for form in forms if layout in ("auto", form.layout))
+    if layout == "auto" and smallest.nbytes >= weight.nbytes:
+        return None
+    if smallest.layout != "nm":
+        pattern = None
+    kept, mask = _positions(kept, smallest.layout, pattern)
+    if value_type in FLOAT_TYPES:
+        exponents = None
+    if exponents is not None:
+        exponents = exponents.to("cpu", torch.int8)
+    values, scales, levels = encode_values(
+        weight,
+        kept,
+        value_type=value_type,
+        group=smallest.group,
+        exponents=exponents,
+        layout=smallest.layout,
+    )
+    read_as = READ_AS[value_type]
+    return PackedWeight(
+        (out, columns),
+        smallest.layout,
+        mask=mask,
+        values=values,
+        offsets=offsets_of(kept.count_nonzero(dim=1), value_type),
+        scales=scales,
+        value_type=read_as,
+        pattern=pattern,
+        exponents=exponents,
+        levels=levels,
+        narrower=None if value_type == read_as else value_type,
+    )
+
+
+def _check_arguments(
+    weight: Tensor, layout: str, exponents: Tensor | None, group: int | None
+) -> None:
+    """Raises the errors of ``pack`` that do not depend on the values."""
     if weight.dim() != 2 or weight.dtype not in _DENSE_TYPES or weight.numel() == 0:
         raise FormatError(
             f"a weight of {weight.dtype} and shape {tuple(weight.shape)} cannot be packed; "
@@ -153,50 +207,6 @@ def pack(
         exponents.shape != weight.shape[1:] or not {*exponents.tolist()} <= {*EXPONENTS}
     ):
         raise SettingError("exponents are one whole number for each column, -8 to 7")
-    value_type = resolve_value_type(value_type, weight.dtype)
-    weight = weight.detach().cpu()
-    kept = weight != 0
-    shape = (weight.shape[0], weight.shape[1])
-    pattern = None
-    if layout in ("auto", "nm"):
-        pattern = masks.detect(kept)
-    if layout == "nm" and pattern is None:
-        raise SettingError(
-            "the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'"
-        )
-    forms = _forms(shape, kept.count_nonzero(dim=1), pattern, value_type, group)
-    if layout == "auto":
-        layout = min(forms, key=lambda name: forms[name][0])
-        if forms[layout][0] >= weight.nbytes:
-            return None
-    if layout != "nm":
-        pattern = None
-    kept, mask = _positions(kept, layout, pattern)
-    if value_type in FLOAT_TYPES:
-        exponents = None
-    if exponents is not None:
-        exponents = exponents.to("cpu", torch.int8)
-    encoded = encode_values(
-        weight,
-        kept,
-        value_type=value_type,
-        group=forms[layout][1],
-        exponents=exponents,
-        layout=layout,
-    )
-    return PackedWeight(
-        shape,
-        layout,
-        mask=mask,
-        values=encoded.values,
-        offsets=encoded.offsets,
-        scales=encoded.scales,
-        value_type=READ_AS.get(value_type, value_type),
-        pattern=pattern,
-        exponents=exponents,
-        levels=encoded.levels,
-        narrower=value_type if value_type in BITS else None,
-    )
 
 
 def _positions(
@@ -212,16 +222,19 @@ def _positions(
     return kept, masks.to_bits(kept)
 
 
-def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
-    """The layout in which ``pack`` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
+class Form(NamedTuple):
+    """A way to store a weight; the least one takes the fewest bytes."""
 
-    Both depend on its zeros alone."""
+    nbytes: int
+    layout: str
+    group: int | None  # columns that share a scale, if any do
+
+
+def form_of(weight: Tensor, value_type: str) -> Form:
+    """The form in which ``pack`` stores a weight ``(out, in)``, which depends on its zeros alone."""
     kept = weight.detach() != 0
-    shape = (weight.shape[0], weight.shape[1])
     counts = kept.count_nonzero(dim=1).cpu()
-    forms = _forms(shape, counts, pattern=masks.detect(kept), value_type=value_type)
-    layout = min(forms, key=lambda name: forms[name][0])
-    return layout, forms[layout][1]
+    return min(_forms(weight.shape[1], counts, masks.detect(kept), value_type))
 
 
 def predicted_bytes(
@@ -247,30 +260,27 @@ def predicted_bytes(
         ),
         None,
     )
-    forms = _forms(shape, counts, pattern=coded, value_type=value_type, group=group)
-    smallest = min(size for size, _ in forms.values())
+    smallest = min(_forms(columns, counts, coded, value_type=value_type, group=group))
     if exponents:
-        smallest += columns
-    return smallest
+        return smallest.nbytes + columns
+    return smallest.nbytes
 
 
 def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
     """The offsets of a weight in the layout ``dense``, int64 ``(out + 1,)``."""
     out, columns = shape
-    if value_type == "int4":  # every row begins on a byte
-        columns += columns % 2
-    return torch.arange(out + 1) * columns
+    return offsets_of(torch.full((out,), columns), value_type)
 
 
 def _forms(
-    shape: tuple[int, int],
+    columns: int,
     counts: Tensor,
     pattern: masks.NM | None,
     value_type: str,
     group: int | None = None,
-) -> dict[str, tuple[int, int | None]]:
-    """The bytes and the group of a weight in every layout that it can have, from the kept values of each row."""
-    out, columns = shape
+) -> list[Form]:
+    """Every form that a weight can have, from the kept values of each row."""
+    out = len(counts)
     index_of_rows = 8 * (out + 1)
     parts = {  # values of each row, and bytes of mask and offsets
         "bitmask": (counts, out * masks.mask_stride(columns) + index_of_rows),
@@ -279,7 +289,7 @@ def _forms(
     if pattern is not None:
         kept = torch.full_like(counts, columns // pattern[1] * pattern[0])
         parts["nm"] = (kept, out * masks.row_bytes(pattern, columns) + index_of_rows)
-    forms: dict[str, tuple[int, int | None]] = {}
+    forms = []
     for layout, (values, index) in parts.items():
         size = None
         if value_type in GROUPED:
@@ -287,7 +297,7 @@ def _forms(
         stored = bytes_of_values(
             values, value_type, groups=groups_of(columns, size or 1), layout=layout
         )
-        forms[layout] = (index + stored, size)
+        forms.append(Form(index + stored, layout, size))
     return forms
 
 
@@ -306,18 +316,40 @@ def unpack_rows(
     if packed.layout == "dense":
         mask = mask.expand(last, -1)
     kept = masks.from_bits(mask[first:last], packed.shape[1])
-    stored = Encoded(packed.values, packed.offsets, packed.scales, packed.levels)
-    values = decode_values(
-        packed.value_type,
-        stored,
-        slice(first, last),
-        kept,
-        packed.group,
-        packed.exponents,
-    )
+    values = _kept_values(packed, first, last, kept)
     return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(
         kept, values.to(dtype)
     )
+
+
+def _kept_values(packed: PackedWeight, first: int, last: int, kept: Tensor) -> Tensor:
+    """The kept values of rows ``first:last``, in order; floating types as they are stored, integers as fp32.
+
+    ``kept`` is bool ``(last - first, in)``."""
+    start = int(packed.offsets[first])
+    stop = int(packed.offsets[last])
+    if packed.scales is None:
+        return packed.values[start:stop]
+    scales = packed.scales[first:last]
+    counts = kept.count_nonzero(dim=1)
+    if packed.value_type == "int4":
+        data = packed.values[start // 2 : stop // 2]
+        codes = codes_of_bytes(data, counts)
+        if packed.levels is None:
+            exact = codes.float() - CODES // 2
+        else:
+            exact = packed.levels.float()[codes.int()]
+    else:
+        exact = packed.values[start:stop].float()
+    group = packed.group
+    if group is None:
+        exact *= scales.repeat_interleave(counts)
+    else:
+        row, column = kept.nonzero(as_tuple=True)
+        exact *= scales[row, column // group].float()
+    if packed.exponents is not None:
+        exact *= powers_of(packed.exponents).expand(kept.shape)[kept]
+    return exact
 
 
 def as_bitmask(packed: PackedWeight) -> PackedWeight:

@@ -125,7 +125,7 @@ def _check_sizes(path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     first_file: dict[str, str] = {}
     for file in weight_files(path)[0]:
-        with opened_weights(file, "np") as opened:
+        with opened_weights(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 if name in first_file:
                     raise FormatError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import cache
+from functools import cache, partial
 
 import numpy
 import torch
@@ -28,7 +28,11 @@ PATTERNS: tuple[NM, ...] = (
 )
 _SAMPLE = 16  # rows that nearly always rule out N:M for an unstructured weight
 
-_SET_BITS = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(
+# Between bytes and their bits, the least significant first, along the last axis of an array of uint8
+bytes_of_bits = partial(numpy.packbits, axis=-1, bitorder="little")
+bits_of_bytes = partial(numpy.unpackbits, axis=-1, bitorder="little")
+
+_SET_BITS = bits_of_bytes(numpy.arange(256, dtype=numpy.uint8)[:, None]).sum(
     axis=1, dtype=numpy.uint8
 )
 
@@ -43,15 +47,13 @@ def to_bits(kept: Tensor) -> Tensor:
     out, columns = kept.shape
     padded = numpy.zeros((out, 8 * mask_stride(columns)), dtype=bool)
     padded[:, :columns] = kept.cpu().numpy()
-    return torch.from_numpy(numpy.packbits(padded, axis=1, bitorder="little"))
+    return torch.from_numpy(bytes_of_bits(padded))
 
 
 def from_bits(mask: Tensor, columns: int) -> Tensor:
     """A bitmask ``(rows, stride)`` as bool ``(rows, columns)``, on its device."""
     if mask.device.type == "cpu":
-        unpacked = numpy.unpackbits(
-            mask.numpy(), axis=1, count=columns, bitorder="little"
-        )
+        unpacked = bits_of_bytes(mask.numpy(), count=columns)
         return torch.from_numpy(unpacked).view(torch.bool)
     bits = (
         mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)
@@ -117,15 +119,11 @@ def encode_groups(kept: Tensor, pattern: NM) -> Tensor:
     """Bool ``(out, in)`` with exactly ``n`` of every ``m`` set, as codes: uint8 ``(out, row_bytes)``."""
     groups = kept.cpu().numpy().reshape(len(kept), -1, pattern[1])
     # (out, groups), m ≤ 8 bits
-    as_number = numpy.packbits(groups, axis=2, bitorder="little")[:, :, 0]
+    as_number = bytes_of_bits(groups)[:, :, 0]
     code = numpy.zeros(256, dtype=numpy.uint8)
     code[_members(pattern)] = numpy.arange(len(_members(pattern)))
-    bits = numpy.unpackbits(
-        code[as_number][..., None], axis=2, count=code_bits(pattern), bitorder="little"
-    )
-    return torch.from_numpy(
-        numpy.packbits(bits.reshape(len(kept), -1), axis=1, bitorder="little")
-    )
+    bits = bits_of_bytes(code[as_number][..., None], count=code_bits(pattern))
+    return torch.from_numpy(bytes_of_bits(bits.reshape(len(kept), -1)))
 
 
 def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
@@ -137,19 +135,16 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
     out = len(codes)
     width = code_bits(pattern)
     groups = columns // pattern[1]
-    bits = numpy.unpackbits(codes.cpu().numpy(), axis=1, bitorder="little")
+    bits = bits_of_bytes(codes.cpu().numpy())
     if bits[:, groups * width :].any():
         raise ValueError("a padding bit is set")
-    code = numpy.packbits(
-        bits[:, : groups * width].reshape(out, groups, width), axis=2, bitorder="little"
-    )[:, :, 0]
+    places = bits[:, : groups * width].reshape(out, groups, width)
+    code = bytes_of_bits(places)[:, :, 0]
     members = _members(pattern)
     highest = int(numpy.max(code))
     if highest >= len(members):
         raise ValueError(f"code {highest} is not below {len(members)}")
-    kept = numpy.unpackbits(
-        members[code][..., None], axis=2, count=pattern[1], bitorder="little"
-    )
+    kept = bits_of_bytes(members[code][..., None], count=pattern[1])
     return torch.from_numpy(kept.reshape(out, columns)).view(torch.bool)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsepack.codes import FLOAT_TYPES, STORED_AS
+from sparsepack.codes import FLOAT_TYPES, TYPE_OF
 from sparsepack.errors import FormatError, PackError, SettingError
 from sparsepack.layout import FIELDS, PackedWeight, as_bitmask, unpack, unpack_rows
 from sparsepack.validation import PACK_AGAIN, validate
@@ -218,10 +218,8 @@ def _assemble(
     A FormatError says that the values have a type that the format does not have."""
     mask, values, offsets = (part for part in parts[:3] if part is not None)
     scales, exponents, levels = parts[3:]
-    kind = next(
-        (kind for kind, stored in STORED_AS.items() if stored == values.dtype), None
-    )
-    if kind is None:
+    value_type = TYPE_OF.get(values.dtype)
+    if value_type is None:
         raise FormatError(
             f"packed weight {name}: values cannot be {values.dtype}; {PACK_AGAIN}"
         )
@@ -236,7 +234,7 @@ def _assemble(
         values=values,
         offsets=offsets,
         scales=scales,
-        value_type=kind,
+        value_type=value_type,
         exponents=exponents,
         levels=levels,
     )

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from sparsepack.codes import (
-    INTEGERS_IN_MEMORY,
     VALUE_TYPES,
     Levels,
     nearest_levels,
@@ -29,7 +28,6 @@ from sparsepack.codes import (
 from sparsepack.compiled import NOT_BUILT, extension, instruction_sets
 from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
-from sparsepack.masks import mask_stride
 
 INTERFACE = 8  # what the extension takes; its sources have the same number
 MAX_TOKENS = 16  # in one call; the kernels' own limit
@@ -87,7 +85,7 @@ def multiply(
     y = x.new_empty(len(x), packed.shape[0])
     numbers = [index, *addresses(packed)]
     numbers += [len(x), kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads()]
-    numbers.append(int(rounded and packed.value_type in INTEGERS_IN_MEMORY))
+    numbers.append(int(rounded and packed.scales is not None))
     _call(library.multiply, numbers)
     return y
 
@@ -251,7 +249,7 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         raise KernelError(
             f"layout {packed.layout} on {packed.mask.device}: the kernels take bitmasks on the CPU"
         )
-    stride = mask_stride(columns)
+    stride = packed.mask.shape[1]
     return (
         _VALUE_TYPES[packed.value_type],
         out,

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from sparsepack.codes import CODES, in_pairs, nibbles, places
+from sparsepack.codes import bytes_of_codes, codes_of_bytes, offsets_of
 from sparsepack.errors import FormatError
 from sparsepack.layout import PackedWeight, dense_offsets
 from sparsepack.masks import from_bits
@@ -60,19 +59,16 @@ def columns_of(packed: PackedWeight, part: int, parts: int, name: str) -> Packed
     width = columns // parts
     part_of_columns = slice(part * width, (part + 1) * width)
     kept = from_bits(packed.mask, columns).expand(out, -1)
-    counts = kept.count_nonzero(dim=1)
     stored = packed.values
     if packed.value_type == "int4":
-        rows, rank = places(counts)
-        stored = nibbles(stored)[packed.offsets[rows] + rank]
+        stored = codes_of_bytes(stored, kept.count_nonzero(dim=1))
     table = torch.zeros(kept.shape, dtype=stored.dtype)
     table[kept] = stored
     kept = kept[:, part_of_columns]
     values = table[:, part_of_columns][kept]
     counts = kept.count_nonzero(dim=1)
-    offsets = pad(counts.cumsum(0), (1, 0))
     if packed.value_type == "int4":
-        values, offsets = _in_whole_bytes(values, counts)
+        values = bytes_of_codes(values, counts)
     mask = packed.mask[:, part * width // 8 : (part + 1) * width // 8]
     scales = packed.scales
     if scales is not None and packed.group is not None:
@@ -87,19 +83,10 @@ def columns_of(packed: PackedWeight, part: int, parts: int, name: str) -> Packed
         shape=(out, width),
         mask=mask.contiguous(),
         values=values,
-        offsets=offsets,
+        offsets=offsets_of(counts, packed.value_type),
         scales=scales,
         exponents=exponents,
     )
-
-
-def _in_whole_bytes(codes: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of int4 two to a byte, every row from a byte on, and the offsets of the rows."""
-    offsets = pad((counts + counts % 2).cumsum(0), (1, 0))
-    padded = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
-    rows, rank = places(counts)
-    padded[offsets[rows] + rank] = codes
-    return in_pairs(padded), offsets
 
 
 def with_rows(packed: PackedWeight, rows: int) -> PackedWeight:

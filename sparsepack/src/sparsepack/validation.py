@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +16,7 @@ from sparsepack.codes import (
     STORED_AS,
     VALUE_TYPES,
     group_of,
+    offsets_of,
 )
 from sparsepack.errors import FormatError
 from sparsepack.layout import LAYOUTS, PackedWeight
@@ -24,6 +29,9 @@ from sparsepack.masks import (
     set_bits,
 )
 
+if TYPE_CHECKING:
+    from sparsepack.checkpoint import PackedEntry
+
 PACK_AGAIN = (
     "the checkpoint is damaged or was not written by sparsellm: pack the model again"
 )
@@ -35,8 +43,12 @@ def validate(packed: PackedWeight, name: str) -> None:
     Raises:
         FormatError: with ``name`` and the first condition of ``docs/format.md`` that does not hold.
     """
-    try:
-        _check_description(packed)
+    with refused_by_name(name):
+        _require(
+            packed.value_type in VALUE_TYPES,
+            f"unknown value type {packed.value_type!r}",
+        )
+        check_shapes(packed, packed.tensors)
         _check_counts(packed, _check_offsets(packed))
         _check_scales(packed)
         if packed.exponents is not None:
@@ -56,6 +68,13 @@ def validate(packed: PackedWeight, name: str) -> None:
                 f"levels with values of type {packed.value_type}",
             )
             _check_tensor("levels", packed.levels, torch.int8, (CODES,))
+
+
+@contextmanager
+def refused_by_name(name: str) -> Iterator[None]:
+    """Turns a ValueError into a FormatError that names a packed weight."""
+    try:
+        yield
     except ValueError as error:
         raise FormatError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
 
@@ -75,17 +94,18 @@ def _check_tensor(
     _require(tensor.is_contiguous(), f"{what} is not contiguous")
 
 
-def _check_description(packed: PackedWeight) -> None:
-    out, columns = packed.shape
-    pattern = packed.pattern
-    _require(out > 0 and columns > 0, f"shape {packed.shape} is empty or negative")
-    _require(
-        packed.value_type in VALUE_TYPES, f"unknown value type {packed.value_type!r}"
-    )
-    _require(packed.layout in LAYOUTS, f"unknown layout {packed.layout!r}")
+def check_shapes(
+    form: PackedWeight | PackedEntry, tensors: Mapping[str, Tensor]
+) -> None:
+    """Raises a ValueError if the pattern does not fit a weight of this form, or mask and offsets do not. They may be
+    on the meta device: nothing is read, and no memory of the weight's size is taken."""
+    out, columns = form.shape
+    pattern = form.pattern
+    _require(out > 0 and columns > 0, f"shape {form.shape} is empty or negative")
+    _require(form.layout in LAYOUTS, f"unknown layout {form.layout!r}")
     width = mask_stride(columns)
-    if packed.layout != "nm":
-        _require(pattern is None, f"layout {packed.layout} with n and m")
+    if form.layout != "nm":
+        _require(pattern is None, f"layout {form.layout} with n and m")
     elif pattern is None:
         raise ValueError("layout nm without n and m")
     else:
@@ -94,17 +114,14 @@ def _check_description(packed: PackedWeight) -> None:
         _require(pattern in PATTERNS, f"pattern {n}:{m} is none of {known}")
         _require(columns % m == 0, f"{n}:{m} does not fit {columns} columns")
         width = row_bytes(pattern, columns)
-    _check_tensor(
-        "mask",
-        packed.mask,
-        torch.uint8,
-        (1 if packed.layout == "dense" else out, width),
-    )
+    rows = 1 if form.layout == "dense" else out
+    _check_tensor("mask", tensors["mask"], torch.uint8, (rows, width))
+    if "offsets" in tensors:
+        _check_tensor("offsets", tensors["offsets"], torch.int64, (out + 1,))
 
 
 def _check_offsets(packed: PackedWeight) -> Tensor:
     """The offsets, checked, on the CPU."""
-    _check_tensor("offsets", packed.offsets, torch.int64, (packed.shape[0] + 1,))
     offsets = packed.offsets.cpu()
     total = int(offsets[-1])
     _require(int(offsets[0]) == 0, f"the first offset is {int(offsets[0])}, not 0")
@@ -139,13 +156,13 @@ def _check_counts(packed: PackedWeight, offsets: Tensor) -> None:
             "a bit of a dense weight's mask is not set",
         )
         counts = counts.expand(out)
-    if packed.value_type == "int4":  # every row begins on a byte
-        counts = counts + counts % 2
-    wrong = (counts != offsets.diff()).nonzero()
+    sizes = offsets.diff()
+    needed = offsets_of(counts, packed.value_type).diff()
+    wrong = (sizes != needed).nonzero()
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(
-            f"row {row} has {int(offsets.diff()[row])} values, its mask keeps {int(counts[row])}"
+            f"row {row} has {int(sizes[row])} values, its mask keeps {int(needed[row])}"
         )
 
 

@@ -196,7 +196,7 @@ class PackedReader(CheckpointReader):
             for name, t in self._stored.items()
         }
         with as_storage_error():
-            self._packed = PackedTensors(directory, self.files, described, super().get)
+            self._packed = PackedTensors(self.files, described, super().get)
         self.entries = self._packed.entries
 
     def __iter__(self) -> Iterator[str]:

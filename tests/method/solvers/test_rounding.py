@@ -485,7 +485,7 @@ def test_in_a_dense_weight_zero_is_a_number_like_the_others(values: str) -> None
     weight, gram = weight_of(64, 64), gram_of(64)
     weight[:, 5] = 0.0
     result = rounded(weight, gram, values, torch.bfloat16)
-    assert form_of(result.weight, values)[0] == "dense"
+    assert form_of(result.weight, values).layout == "dense"
     assert int(result.weight[:, 5].count_nonzero()) == 0  # but a pruned one stays
     assert not bool((result.weight.signbit() & (result.weight == 0)).any())
     if values == "int4":
