@@ -26,7 +26,7 @@ from sparsellm.run.budget import (
     slowest,
     sweep_bytes,
 )
-from tests.models import save_tiny, tiny_llama, windows
+from tests.models import VOCABULARY, save_tiny, tiny_llama, windows
 
 CPU = torch.device("cpu")
 

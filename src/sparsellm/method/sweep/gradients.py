@@ -194,7 +194,7 @@ def backward_sweep(
                 done(linears)
             inputs[index].close()
             machine.trim()  # the copies in fp32 leave holes
-    feed.progress(Event("gradients", 2 * blocks, 2 * blocks))
+    feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
     return loss
 
 
