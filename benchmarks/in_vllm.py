@@ -2,7 +2,8 @@
 
     python benchmarks/in_vllm.py for-vllm --vllm PYTHON
 
-`PYTHON` is the interpreter of an environment with vLLM and compressed-tensors. Both engines compute in float32.
+`PYTHON` is the interpreter of an environment with vLLM and compressed-tensors. Both engines compute in bfloat16,
+since vLLM's product of 4-bit weights on a CPU has no float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BY_VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
 asked = json.load(sys.stdin)
-llm = LLM(asked["model"], dtype="float32", max_model_len=256, seed=0, enforce_eager=True)
+llm = LLM(asked["model"], dtype="bfloat16", max_model_len=256, seed=0, enforce_eager=True)
 settings = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], prompt_logprobs=0, ignore_eos=True)
 made = []
 for output in llm.generate(asked["prompts"], settings):
@@ -45,12 +46,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 asked = json.load(sys.stdin)
 tokenizer = AutoTokenizer.from_pretrained(asked["model"])
-model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.bfloat16)
 made = []
 for prompt in asked["prompts"]:
     tokens = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        chances = model(tokens).logits[0, :-1].log_softmax(-1)
+        chances = model(tokens).logits[0, :-1].float().log_softmax(-1)
         written = model.generate(
             tokens, do_sample=False, max_new_tokens=asked["new_tokens"], min_new_tokens=asked["new_tokens"]
         )
@@ -84,7 +85,8 @@ def made_by(
                 line.removeprefix("MADE ")
             )
             return made
-    raise SystemExit(f"{python} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    said = done.stdout + done.stderr
+    raise SystemExit(f"{python} ended with {done.returncode}:\n{said[-9000:]}")
 
 
 def main() -> None:
