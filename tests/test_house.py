@@ -26,7 +26,7 @@ def test_it_starts_without_what_only_extras_bring() -> None:
         "plotly",
         "peft",
         "lm_eval",
-        "fastapi",
+        "starlette",
         "uvicorn",
         "compressed_tensors",
         "datasets",

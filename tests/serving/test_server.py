@@ -658,5 +658,5 @@ def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert (
         run("serve", "nowhere", exits=2)[2]
-        == "error: uvicorn is not installed: pip install fastapi uvicorn\n"
+        == "error: uvicorn is not installed: pip install starlette uvicorn\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from sparsepack.errors import SettingError, shown
 
@@ -80,6 +80,6 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         refuse(name, value, f"{', '.join(others)} or {last}")
 
 
-def refuse(name: str, value: Any, expected: str) -> None:
+def refuse(name: str, value: Any, expected: str) -> NoReturn:
     """Raises the SettingError of ``check``."""
     raise SettingError(f"{name} is {shown(value)}: it should be {expected}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,14 @@ MOST_PENALTY = 100.0  # logits are not far from it
 MOST_STOPS = 16
 LONGEST_STOP = 500  # characters
 MOST_THREADS = 1024
+# What a generation config may recommend, with its limits
+_RECOMMENDED: dict[str, dict[str, float]] = {
+    "temperature": {"least": 0, "most": MOST_TEMPERATURE},
+    "top_p": {"above": 0, "most": 1},
+    "top_k": {"least": 0, "most": MOST},
+    "min_p": {"least": 0, "most": 1},
+    "repetition_penalty": {"above": 0, "most": MOST_PENALTY},
+}
 MOST_LIKELY = 50  # tokens that transformers samples from unless top_k says otherwise
 
 
@@ -65,28 +73,26 @@ class Generation:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
-def whole(text: str) -> str:
-    """The same text; a ValueError says that it holds half of a surrogate pair, which no UTF-8 has."""
+def check_text(name: str, text: Any) -> None:
+    """A SettingError says that a value is no text, or holds half of a surrogate pair, which no UTF-8 has."""
+    check(name, text, str)
     if text.encode("utf-8", "replace").decode() != text:
-        raise ValueError("it holds half of a surrogate pair, which is not text")
-    return text
-
-
-def not_tiny(temperature: float) -> float:
-    """The same temperature; a ValueError says that logits cannot be divided by it."""
-    if 0 < temperature < LEAST_TEMPERATURE:
-        raise ValueError(
-            f"give 0 for the likeliest token, or at least {LEAST_TEMPERATURE}"
+        raise SettingError(
+            f"{name} is {shown(text)}: it holds half of a surrogate pair, which is not text"
         )
-    return temperature
 
 
-def _check_temperature(temperature: Any) -> None:
-    check("temperature", temperature, float, least=0, most=MOST_TEMPERATURE)
-    try:
-        not_tiny(temperature)
-    except ValueError as error:
-        raise SettingError(f"temperature is {shown(temperature)}: {error}") from None
+def _check_recommended(values: Mapping[str, Any]) -> None:
+    """A SettingError names the first setting of ``_RECOMMENDED`` that is out of range; None is in range."""
+    for name, limits in _RECOMMENDED.items():
+        value = values[name]
+        if value is not None:
+            check(name, value, int if name == "top_k" else float, **limits)
+    temperature = values["temperature"]
+    if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
+        raise SettingError(
+            f"temperature is {shown(temperature)}: give 0 for the likeliest token, or at least {LEAST_TEMPERATURE}"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,17 +129,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check("max_new_tokens", self.max_new_tokens, int, least=1, most=MOST)
-        if self.temperature is not None:
-            _check_temperature(self.temperature)
-        if self.top_p is not None:
-            check("top_p", self.top_p, float, above=0, most=1)
-        if self.top_k is not None:
-            check("top_k", self.top_k, int, least=0, most=MOST)
-        if self.min_p is not None:
-            check("min_p", self.min_p, float, least=0, most=1)
-        if self.repetition_penalty is not None:
-            penalty = self.repetition_penalty
-            check("repetition_penalty", penalty, float, above=0, most=MOST_PENALTY)
+        _check_recommended(vars(self))
         for name in ("frequency_penalty", "presence_penalty"):
             penalty = getattr(self, name)
             check(name, penalty, float, least=-MOST_PENALTY, most=MOST_PENALTY)
@@ -141,7 +137,7 @@ class Sampling:
         check("stop", self.stop, list, tuple)
         check("the number of stop strings", len(self.stop), int, most=MOST_STOPS)
         for index, text in enumerate(self.stop):
-            check(f"stop.{index}", text, str)
+            check_text(f"stop.{index}", text)
             length = f"the length of stop.{index}"
             check(length, len(text), int, least=1, most=LONGEST_STOP)
         check("ignore_eos", self.ignore_eos, bool)
@@ -176,11 +172,7 @@ def generate(
     """
     check("model", model, PreTrainedModel)
     check("tokenizer", tokenizer, PreTrainedTokenizerBase)
-    check("prompt", prompt, str)
-    try:
-        whole(prompt)
-    except ValueError as error:
-        raise SettingError(f"prompt is {shown(prompt)}: {error}") from None
+    check_text("prompt", prompt)
     check("temperature", temperature, float)
     if threads is not None:
         check("threads", threads, int, least=1, most=MOST_THREADS)
@@ -212,17 +204,7 @@ def continuation(
         model, tokenizer, ids, sampling, on_text=on_text, cancelled=cancelled
     )
     with threads_set(threads):
-        return complete(model, tokenizer, answer)
-
-
-def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Answer
-) -> Generation:
-    """An answer that was not begun, made to its end, with the errors of ``continuation``."""
-    batch = _batch(model, answer)
-    if batch is None:
-        _by_transformers(model, tokenizer, answer)
-    else:
+        batch = _batch(model, answer)
         while batch.answers:
             batch.step()
     return answer.result()
@@ -251,6 +233,7 @@ class Answer:
     ) -> None:
         settings = generation_settings(model, sampling)
         _check_prompt(model, ids, sampling.max_new_tokens)
+        self._model = model
         self.ids = ids.to(model.device)
         self.length = ids.shape[1]
         self.sampling = sampling
@@ -260,16 +243,16 @@ class Answer:
         self.failed: BaseException | None = None
         self.text = StreamedText(tokenizer, sampling.stop, on_text, cancelled)
         numbers = torch.Generator(self.ids.device).manual_seed(sampling.seed)
-        self.choices = _processors(settings, sampling, self.length, numbers=numbers)
-        self.last = settings.eos_token_id
-        self._ends = {*self.last} if isinstance(self.last, list) else {self.last}
+        self._choices = _processors(settings, sampling, self.length, numbers=numbers)
+        self._last = settings.eos_token_id
+        self._ends = {*self._last} if isinstance(self._last, list) else {self._last}
         self._cancelled = cancelled
-        self._threads = torch.get_num_threads()
-        self._start = time.perf_counter()
+        self._threads = 0
+        self._start = 0.0
         self._pieces: Iterator[Tensor] = iter(())
         self.cache: Cache | None = None
 
-    def begin(self, cache: Cache | None = None) -> None:
+    def begin(self, cache: Cache | None) -> None:
         """Starts the clock; with a cache, the compiled decoder reads and decodes."""
         self._threads = torch.get_num_threads()
         self._start = time.perf_counter()
@@ -279,21 +262,43 @@ class Answer:
             self._pieces = cache.read(self.ids)
 
     def read(self) -> None:
-        """Reads a piece of the prompt; after the last one a token is chosen."""
+        """Reads a piece of the prompt; after the last one a token is chosen. Without a cache transformers does all."""
+        if self.cache is None:
+            self._generate()
+            return
         logits = next(self._pieces)
-        assert self.cache is not None
         if self.cache.length == self.length:
             self._pieces = iter(())  # which held the cache of transformers
             self.take(logits)
         elif self._cancelled():
             self.text.over = "cancelled"
-            self.ended = True
+            self.end()
+
+    def _generate(self) -> None:
+        """Chooses greedily among what is left: transformers' own sampling takes torch's random state, which all
+        threads share."""
+
+        def ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            over = self.text.over is not None
+            return torch.full((len(ids),), over, device=ids.device)
+
+        greedy = GenerationConfig(do_sample=False, eos_token_id=self._last)
+        with_config(self._model, greedy).generate(  # type: ignore[operator]
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            max_new_tokens=self.sampling.max_new_tokens,
+            pad_token_id=0,  # one sequence is never padded
+            streamer=self.text,
+            stopping_criteria=StoppingCriteriaList([ended]),
+            logits_processor=self._choices,
+        )
+        self.end()
 
     def take(self, logits: Tensor) -> None:
         """Chooses a token by the logits ``(vocabulary,)``."""
         scores = logits.unsqueeze(0)
         # their list asks each of them for its arguments, which takes longer than most of them
-        for choice in self.choices:
+        for choice in self._choices:
             scores = choice(self.ids, scores)  # type: ignore[arg-type,assignment]
         token = scores.argmax(-1, keepdim=True)
         self.ids = torch.cat((self.ids, token), dim=1)
@@ -302,7 +307,14 @@ class Answer:
         full = self.ids.shape[1] == self.room
         if self.chosen in self._ends or full or self.text.over is not None:
             self.text.end()
-            self.ended = True
+            self.end()
+
+    def end(self, failed: BaseException | None = None) -> None:
+        """Nothing is left to do, and no memory is needed for it."""
+        self.ended = True
+        self.failed = failed
+        self.cache = None
+        self._pieces = iter(())
 
     def result(self) -> Generation:
         """What was made; whatever went wrong is raised."""
@@ -327,59 +339,51 @@ class Answer:
 
 
 class Batch:
-    """Answers that the compiled decoder makes together; each is the one that it makes alone.
+    """Answers that the compiled decoder makes together; each is the one that it makes alone. Without a decoder,
+    transformers makes one in a step.
 
     They join and leave between two steps."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder | None) -> None:
         self._decoder = decoder
         self.answers: list[Answer] = []
 
     def join(self, answer: Answer) -> None:
         """Begins an answer. A RuntimeError says that its cache has no memory."""
-        answer.begin(Cache(self._decoder, answer.room))
+        cache = None
+        if self._decoder is not None:
+            cache = Cache(self._decoder, answer.room)
+        answer.begin(cache)
         self.answers.append(answer)
 
     @torch.no_grad()
-    def step(self) -> list[Answer]:
+    def step(self) -> None:
         """Reads a piece of the first prompt that is not read, and decodes a token of all answers whose prompt is.
 
-        Returns the answers that ended, and forgets them. What goes wrong with one leaves the others as they are."""
+        Answers that end leave. What goes wrong with one leaves the others as they are."""
         ready = [answer for answer in self.answers if answer.chosen is not None]
         for answer in self.answers:
             if answer.chosen is None:
-                _try(answer, answer.read)
+                _try([answer], answer.read)
                 break
-        if ready:
-            tokens = [answer.chosen for answer in ready if answer.chosen is not None]
-            caches = [answer.cache for answer in ready if answer.cache is not None]
-            logits = self._decoder.step(tokens, caches)
-            for answer, row in zip(ready, logits, strict=True):
-                _try(answer, answer.take, row)
-        return self._ended()
-
-    def fail(self, error: BaseException) -> list[Answer]:
-        """Ends all answers by an error, and returns them."""
-        for answer in self.answers:
-            answer.failed = error
-            answer.ended = True
-        return self._ended()
-
-    def _ended(self) -> list[Answer]:
-        ended = [answer for answer in self.answers if answer.ended]
+        if ready and self._decoder is not None:
+            _try(ready, self._decode, self._decoder, ready)
         self.answers = [answer for answer in self.answers if not answer.ended]
-        for answer in ended:
-            answer.cache = None
-        return ended
+
+    def _decode(self, decoder: Decoder, ready: list[Answer]) -> None:
+        tokens = [answer.chosen for answer in ready if answer.chosen is not None]
+        caches = [answer.cache for answer in ready if answer.cache is not None]
+        for answer, row in zip(ready, decoder.step(tokens, caches), strict=True):
+            _try([answer], answer.take, row)
 
 
-def _try(answer: Answer, do: Callable[..., None], *given: Tensor) -> None:
-    """Does something for an answer; a failure ends it. Tokenizers raise what is no Exception."""
+def _try(answers: list[Answer], do: Callable[..., None], *given: Any) -> None:
+    """Does something for some answers; a failure ends them. Tokenizers raise what is no Exception."""
     try:
         do(*given)
     except BaseException as error:
-        answer.failed = error
-        answer.ended = True
+        for answer in answers:
+            answer.end(error)
 
 
 def _check_prompt(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
@@ -400,45 +404,19 @@ def _check_prompt(model: PreTrainedModel, ids: Tensor, tokens: int) -> None:
         )
 
 
-def _batch(model: PreTrainedModel, answer: Answer) -> Batch | None:
-    """A batch of one answer. None for a model that transformers decodes, or where memory lacks for all positions: its
-    cache grows."""
-    if not decodes(model):
-        return None
+def _batch(model: PreTrainedModel, answer: Answer) -> Batch:
+    """A batch of one answer. Transformers makes it where memory lacks for all positions: its cache grows."""
+    batch = Batch(None)
     try:
-        batch = Batch(Decoder(model, answer.room))
+        if decodes(model):
+            batch = Batch(Decoder(model, answer.room))
         batch.join(answer)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        return None
+        batch = Batch(None)
+        batch.join(answer)
     return batch
-
-
-def _by_transformers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Answer
-) -> None:
-    """Makes an answer greedily among what is chosen: transformers' own sampling takes torch's random state, which all
-    threads share."""
-    text = answer.text
-
-    def ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(ids),), text.over is not None, device=ids.device)
-
-    padding = tokenizer.pad_token_id
-    if padding is None:
-        padding = tokenizer.eos_token_id
-    answer.begin()
-    greedy = GenerationConfig(do_sample=False, eos_token_id=answer.last)
-    with_config(model, greedy).generate(  # type: ignore[operator]
-        answer.ids,
-        attention_mask=torch.ones_like(answer.ids),
-        max_new_tokens=answer.sampling.max_new_tokens,
-        pad_token_id=padding,
-        streamer=text,
-        stopping_criteria=StoppingCriteriaList([ended]),
-        logits_processor=answer.choices,
-    )
 
 
 class _Numbers(LogitsProcessor):
@@ -513,7 +491,10 @@ def _processors(
     chosen = LogitsProcessorList([_Numbers()])
     if settings.repetition_penalty is not None:
         chosen.append(
-            logits_process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+            # which refuses a whole number
+            logits_process.RepetitionPenaltyLogitsProcessor(
+                float(settings.repetition_penalty)
+            )
         )
     frequency = sampling.frequency_penalty
     presence = sampling.presence_penalty
@@ -530,67 +511,38 @@ def generation_settings(model: PreTrainedModel, sampling: Sampling) -> Generatio
     Raises:
         FormatError: a setting of the model's own that is used has another type or is out of range.
     """
+    config = model.generation_config
+    used = {name: getattr(sampling, name) for name in _RECOMMENDED}
+    for name, asked in used.items():
+        if asked is None:
+            used[name] = getattr(config, name, None)
+    last = getattr(config, "eos_token_id", None)
     try:
-        used = _used_settings(model.generation_config)
-        temperature = sampling.temperature
-        if temperature is None:
-            temperature = _recommended_temperature(model.generation_config)
+        _check_recommended(used)
+        for token in last if isinstance(last, list) else [last]:
+            if token is not None:
+                # -1 is how some checkpoints write that there is none
+                check("eos_token_id", token, int, least=-1, most=MOST)
+        if sampling.temperature is None:
+            sampled = getattr(config, "do_sample", None) or False
+            check("do_sample", sampled, bool)
+            if not sampled:
+                used["temperature"] = 0.0
+            elif used["temperature"] is None:
+                used["temperature"] = 1.0
     except SettingError as error:
         raise FormatError(
             f"generation config of the model: {error}; correct generation_config.json, or remove it"
         ) from None
-    for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
-        asked = getattr(sampling, name)
-        if asked is not None:
-            used[name] = asked
     if sampling.ignore_eos:
-        used["eos_token_id"] = None
-    if temperature > 0:
-        return GenerationConfig(do_sample=True, temperature=temperature, **used)
-    for ignored in ("top_k", "top_p", "min_p"):  # they would only cause warnings
-        used[ignored] = None
-    return GenerationConfig(do_sample=False, temperature=None, **used)
-
-
-def _used_settings(config: GenerationConfig | None) -> dict[str, Any]:
-    """What is used of a generation config: where a text ends, and how tokens are sampled.
-
-    A SettingError names a value that is wrong."""
-    names = ("eos_token_id", "top_k", "top_p", "min_p", "repetition_penalty")
-    used = {name: getattr(config, name, None) for name in names}
-    last = used["eos_token_id"]
-    if isinstance(last, list):
-        for index, token in enumerate(last):
-            _check_token(f"eos_token_id.{index}", token)
-    elif last is not None:
-        _check_token("eos_token_id", last)
-    if used["top_k"] is not None:
-        check("top_k", used["top_k"], int, least=0)
-    if used["top_p"] is not None:
-        check("top_p", used["top_p"], float, above=0, most=1)
-    if used["min_p"] is not None:
-        check("min_p", used["min_p"], float, least=0, most=1)
-    if used["repetition_penalty"] is not None:
-        check("repetition_penalty", used["repetition_penalty"], float, above=0)
-    return used
-
-
-def _check_token(name: str, token: Any) -> None:
-    # -1 is how some checkpoints write that there is none
-    check(name, token, int, least=-1, most=MOST)
-
-
-def _recommended_temperature(config: GenerationConfig | None) -> float:
-    """The temperature that a generation config recommends, 0 for the likeliest token; raises as the function above."""
-    sampled = getattr(config, "do_sample", None)
-    temperature = getattr(config, "temperature", None)
-    if sampled is not None:
-        check("do_sample", sampled, bool)
-    if temperature is not None:
-        _check_temperature(temperature)
-    if not sampled:
-        return 0.0
-    return 1.0 if temperature is None else temperature
+        last = None
+    if used["temperature"] > 0:
+        return GenerationConfig(do_sample=True, eos_token_id=last, **used)
+    # the others would only cause warnings
+    penalty = used["repetition_penalty"]
+    return GenerationConfig(
+        do_sample=False, eos_token_id=last, repetition_penalty=penalty
+    )
 
 
 def with_config(model: PreTrainedModel, config: GenerationConfig) -> PreTrainedModel:

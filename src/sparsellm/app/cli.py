@@ -1000,7 +1000,7 @@ def generate(
 def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
     """Serve MODEL to clients of OpenAI's API: chat, completions, streaming.
 
-    Needs fastapi and uvicorn. A key, which clients must send, comes from the environment or a file."""
+    Needs starlette and uvicorn. A key, which clients must send, comes from the environment or a file."""
     from sparsellm.app import console
     from sparsellm.inputs import parse_bytes
 
@@ -1008,10 +1008,10 @@ def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
         from sparsellm.serving.server import ServerSettings
         from sparsellm.serving.server import serve as listen
     except ModuleNotFoundError as missing:
-        if missing.name not in ("fastapi", "starlette", "uvicorn"):
+        if missing.name not in ("starlette", "uvicorn"):
             raise
         raise MissingExtraError(
-            f"{missing.name} is not installed: pip install fastapi uvicorn"
+            f"{missing.name} is not installed: pip install starlette uvicorn"
         ) from None
     running = use.take_running(options)
     settings = use.made(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from typer.models import OptionInfo
 
 from sparsellm.errors import ModelError, RecipeError, refusal, shown
@@ -30,6 +30,7 @@ from sparsellm.recipe import (
     help_of,
     option_of,
 )
+from sparsepack.errors import SettingError
 
 # groups of commands, as --help shows them
 TO_MAKE = "Make"
@@ -47,7 +48,7 @@ OUTPUT = "Output"
 GGUF = "For GGUF"
 # how names of text files end
 TEXT_FILES = (".txt", ".jsonl", ".parquet")
-Made = TypeVar("Made", bound=BaseModel)
+Made = TypeVar("Made")
 # Types by placeholder; values with other placeholders are text.
 KINDS = {
     "": bool,
@@ -306,12 +307,15 @@ def take_running(options: dict[str, Any]) -> dict[str, str]:
 
 
 def made(kind: type[Made], **values: Any) -> Made:
-    """A model of a command's settings; a RecipeError names the first value that it refuses."""
+    """A command's settings; a RecipeError names the first value that they refuse."""
     try:
         return kind(**values)
+    except SettingError as error:
+        said = str(error)
     except ValidationError as error:
-        name, _, why = refusal(error).partition(" ")
-        raise RecipeError(f"--{name.replace('_', '-')} {why}") from None
+        said = refusal(error)
+    name, _, why = said.partition(" ")
+    raise RecipeError(f"--{name.replace('_', '-')} {why}")
 
 
 def listed(text: str) -> list[str]:

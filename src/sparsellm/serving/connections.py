@@ -33,8 +33,7 @@ class Connection(H11Protocol):
     """A connection. It is closed if a request is not complete in ``REQUEST_SECONDS``. When there are too many, the
     one that has waited longest for its client is closed, so that silent clients keep nobody out."""
 
-    _late: asyncio.TimerHandle | None = None
-    _since = 0.0  # when the client began to keep us waiting, by the clock of the loop
+    _late: asyncio.TimerHandle
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -43,22 +42,26 @@ class Connection(H11Protocol):
             socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
         )
         self._await_client()
-        others = (other for other in self.connections if isinstance(other, Connection))
         if len(self.connections) > most_connections():
-            waiting = [other for other in others if other is not self and other.waits]
-            oldest = min(waiting, key=lambda other: other._since, default=self)
+            others = (other for other in self.connections if other is not self)
+            waiting = [
+                other
+                for other in others
+                if isinstance(other, Connection) and other.waits
+            ]
+            oldest = min(waiting, key=lambda other: other._late.when(), default=self)
             oldest.transport.abort()
             self.connections.discard(oldest)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self.waits:
-            self._stop_waiting()
-        elif self._late is None and not self.transport.is_closing():
+            self._late.cancel()
+        elif self._late.cancelled() and not self.transport.is_closing():
             self._await_client()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._late.cancel()
         super().connection_lost(exc)
 
     @property
@@ -68,13 +71,7 @@ class Connection(H11Protocol):
         return cycle is None or cycle.response_complete or cycle.more_body
 
     def _await_client(self) -> None:
-        self._since = self.loop.time()
         self._late = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
-
-    def _stop_waiting(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
 
 
 def one_line_handler(

@@ -7,37 +7,32 @@ import errno
 import hmac
 import ipaddress
 import json
+import logging
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import Headers
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sparsellm import interrupts
 from sparsellm.errors import DataError, ModelError, RecipeError, shown
 from sparsellm.serving.connections import BACKLOG, Connection, one_line_handler
 from sparsellm.serving.prompts import open_model
-from sparsellm.serving.protocol import (
-    Answer,
-    Asked,
-    ChatRequest,
-    CompletionRequest,
-    error,
-)
-from sparsellm.serving.worker import GoneError, Job, UnavailableError, Worker
+from sparsellm.serving.protocol import Asked
+from sparsellm.serving.worker import UnavailableError, Worker
 from sparsepack.decode import decodes
 from sparsepack.errors import SettingError, UserError
 from sparsepack.files import context_limit, read_bytes
@@ -45,7 +40,11 @@ from sparsepack.generation import Generation
 
 KEY = "SPARSELLM_API_KEY"  # in the environment
 MOST_CONTEXT = 8192  # tokens, unless more is asked for: a longer prompt keeps all others waiting for minutes
+JSON = "application/json"
+_STARTED = int(time.time())
 GRACE = 5.0  # seconds that a running request has to end when the server stops
+# of our errors, for a client; others are 500
+_STATUS = {DataError: 400, ModelError: 400, SettingError: 400, UnavailableError: 503}
 
 
 class ServerSettings(BaseModel):
@@ -57,10 +56,10 @@ class ServerSettings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     key_file: Path | None = None
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 2048
-    context: Annotated[int, Field(ge=2, lt=1 << 31)] | None = None
-    queue: Annotated[int, Field(ge=0, le=10_000)] = 16
-    max_body: Annotated[int, Field(ge=1, le=1 << 30)] = 1 << 20
+    max_tokens: PositiveInt = 2048
+    context: PositiveInt | None = None
+    queue: NonNegativeInt = 16
+    max_body: PositiveInt = 1 << 20
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     quiet: bool = False
 
@@ -82,12 +81,11 @@ def open_door(settings: ServerSettings) -> tuple[socket.socket, str | None]:
             )
         listening = socket.create_server(address, family=family)
     except (OSError, UnicodeError) as failed:
-        busy = isinstance(failed, OSError) and failed.errno == errno.EADDRINUSE
         why = f"not available: {getattr(failed, 'strerror', failed)}"
-        if busy:
-            why = "in use; stop what listens there, or give another --port"
-        elif isinstance(failed, socket.gaierror):
+        if isinstance(failed, socket.gaierror):
             why = f"not available, because this name is unknown ({failed.strerror}); give --host 127.0.0.1"
+        elif isinstance(failed, OSError) and failed.errno == errno.EADDRINUSE:
+            why = "in use; stop what listens there, or give another --port"
         raise RecipeError(f"port {port} of {host!r:.100} is {why}") from None
     return listening, key
 
@@ -109,13 +107,7 @@ def _key(file: Path | None) -> str | None:
             ) from None
         given = read.decode("ascii", "replace").strip()
         where = f"--key-file {file}"
-    fits = given is None or (
-        0 < len(given) <= 4096
-        and given.isascii()
-        and given.isprintable()
-        and " " not in given
-    )
-    if not fits:
+    if given is not None and not re.fullmatch("[!-~]{1,4096}", given):
         raise RecipeError(
             f"the key in {where} is empty or more than one word of ASCII; write one, such as 32 letters"
         )
@@ -144,16 +136,19 @@ def serve(
             raise ModelError(
                 f"--context is {context}, and the model takes {limit} tokens"
             )
-        limits = {
-            "context": context,
-            "max_tokens": settings.max_tokens,
-            "queue": settings.queue,
-        }
-        told = _ignore if settings.quiet else log
-        worker = Worker(model, tokenizer, **limits, threads=settings.threads, log=told)
+        worker = Worker(
+            model,
+            tokenizer,
+            context=context,
+            max_tokens=settings.max_tokens,
+            queue=settings.queue,
+            threads=settings.threads,
+            log=_ignore if settings.quiet else log,
+        )
         name = settings.name or Path(directory).expanduser().resolve().name
         config = uvicorn.Config(
-            _Gate(application(worker, name), key, settings.max_body),
+            Application(worker, name, key, most=settings.max_body),
+            ws="none",
             http=Connection,
             backlog=BACKLOG,
             log_level="warning",
@@ -169,7 +164,7 @@ def serve(
         log(
             f"{context} tokens of context, decoded by {'the compiled decoder' if decodes(model) else 'transformers'}"
         )
-        _Server(config, worker, log).run(sockets=[listening])
+        _Server(config, worker).run(sockets=[listening])
     worker.stop(0)
     # it reads a long prompt; the interpreter must not end under a thread that computes
     if not worker.ended(GRACE):
@@ -179,86 +174,161 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(
-        self, config: uvicorn.Config, worker: Worker, log: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
         super().__init__(config)
         self._worker = worker
-        self._log = log
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stops gracefully by every signal of the command line; uvicorn's own would raise it again afterwards."""
+        handler = one_line_handler(logging.getLogger(__name__).error)
+        asyncio.get_running_loop().set_exception_handler(handler)
         with interrupts.handled_by(self.handle_exit):
             yield
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(one_line_handler(self._log))
-        await super().startup(sockets)
-
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.stop(GRACE)
-        asyncio.get_running_loop().call_later(GRACE, self._worker.stop, 0)
         await super().shutdown(sockets)
 
 
-class _Gate:
-    """Refuses requests without the key, of web pages that a browser has open, and with a body that is too large."""
+@dataclass
+class Application:
+    """OpenAI's routes, for those who may call them.
 
-    def __init__(self, app: ASGIApp, key: str | None, most: int) -> None:
-        self._app = app
-        self._most = most
-        self._key = None
-        if key is not None:
-            self._key = f"bearer {key}".encode()
+    Attributes:
+        worker: answers.
+        name: that of the model.
+        key: what clients must send; None for programs of this machine alone.
+        most: the bytes of a body.
+    """
+
+    worker: Worker
+    name: str
+    key: str | None
+    most: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        """Answers a request, as long as its client is there."""
+        request = Request(scope, receive)
+        body = bytearray()
+        try:
+            # a client that still sends would lose the answer when the connection closes
+            async for part in request.stream():
+                if len(body) <= self.most:
+                    body += part
+        except ClientDisconnect:
             return
-        refused = self._refused(Headers(scope=scope), scope["path"])
-        parts = []
-        read = 0
-        more = True
-        # a client that still sends would lose the answer when the connection closes
-        while more and read < 16 * self._most:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            more = message.get("more_body", False)
-            read += len(message.get("body", b""))
-            if read <= self._most:
-                parts.append(message.get("body", b""))
-        if refused is None and read > self._most:
-            refused = _problem(
-                413, f"the body is too large; at most {self._most} bytes are read"
-            )
-        if refused is not None:
-            await refused(scope, receive, send)
-            return
-        read_once = iter([{"type": "http.request", "body": b"".join(parts)}])
+        answering = asyncio.create_task(self._answer(request, body, send))
+        gone = asyncio.ensure_future(receive())
+        gone.add_done_callback(lambda _: answering.cancel())
+        with suppress(asyncio.CancelledError):
+            await answering
 
-        async def whole() -> Message:
-            return next(read_once, None) or await receive()
+    async def _answer(self, request: Request, body: bytearray, send: Send) -> None:
+        try:
+            self._check_sender(request)
+            response = await self._response(request, body)
+        except (HTTPException, UserError) as failed:
+            response = _refusal(failed)
+        await response(request.scope, request.receive, send)
 
-        await self._app(scope, whole, send)
+    def _check_sender(self, request: Request) -> None:
+        """Refuses those without the key, and web pages that a browser has open."""
+        if self.key is None:
+            host = request.headers.get("host", "")
+            if not _is_local(host):
+                raise HTTPException(
+                    400,
+                    f"the host {shown(host)} is not localhost; set {KEY} to allow others",
+                )
+        elif request.scope["path"] != "/health":
+            scheme, _, key = request.headers.get("authorization", "").partition(" ")
+            given = f"{scheme.lower()} {key.strip()}".encode("latin-1")
+            if not hmac.compare_digest(given, f"bearer {self.key}".encode()):
+                raise HTTPException(401, "the API key is missing or wrong")
 
-    def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = f"{scheme.lower()} {key.strip()}".encode("latin-1")
-        if (
-            self._key is not None
-            and path != "/health"
-            and not hmac.compare_digest(given, self._key)
-        ):
-            return _problem(
-                401, "the API key is missing or wrong", code="invalid_api_key"
+    async def _response(self, request: Request, body: bytearray) -> Response:
+        if len(body) > self.most:
+            raise HTTPException(
+                413, f"the body is too large; at most {self.most} bytes are read"
             )
-        if self._key is None and not _is_local(headers.get("host", "")):
-            return _problem(
-                400,
-                f"the host {shown(headers.get('host'))} is not localhost; set {KEY} to allow others",
+        path = request.scope["path"]
+        if request.method == "POST":
+            if path in ("/v1/chat/completions", "/v1/completions"):
+                # what a web page may send without asking has another type
+                if not request.headers.get("content-type", "").startswith(JSON):
+                    raise SettingError(f"the body has no Content-Type: {JSON}")
+                return await self._made(Asked(body, self.name, chat="chat" in path))
+        elif request.method in ("GET", "HEAD"):
+            card = {
+                "id": self.name,
+                "object": "model",
+                "created": _STARTED,
+                "owned_by": "sparsellm",
+            }
+            if path == "/health":
+                return JSONResponse({"model": self.name, **self.worker.state()})
+            if path == "/v1/models":
+                return JSONResponse({"object": "list", "data": [card]})
+            if path.startswith("/v1/models/"):
+                self._check_name(path.removeprefix("/v1/models/"))
+                return JSONResponse(card)
+        raise HTTPException(404)
+
+    def _check_name(self, asked: object) -> None:
+        if asked != self.name:
+            raise HTTPException(
+                404, f"model is {shown(asked)}; this server has {self.name!r}"
             )
-        return None
+
+    async def _made(self, asked: Asked) -> Response:
+        self._check_name(asked.model)
+        self.worker.submit(asked)
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(lambda _: self.worker.cancel(asked))
+        # what the prompt is refused for comes before a stream begins
+        event = await asked.event()
+        if isinstance(event, Generation) and not asked.streams:
+            return JSONResponse(asked.whole(event))
+        return StreamingResponse(_stream(asked, event), media_type="text/event-stream")
+
+
+async def _stream(asked: Asked, event: str | Generation) -> AsyncIterator[str]:
+    """An answer as server-sent events, from its first one on."""
+    try:
+        # the role only once, since clients join the values of all pieces
+        yield _sent(asked.piece({"role": "assistant", "content": ""}))
+        while isinstance(event, str):
+            yield _sent(asked.piece({"content": event}))
+            event = await asked.event()
+        yield _sent(asked.piece({}, event.finish))
+        if asked.counts:
+            yield _sent(asked.totals(event))
+        yield "data: [DONE]\n\n"
+    except UserError as failed:
+        yield _sent(_error(str(failed), "server_error"))
+
+
+def _sent(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _refusal(failed: HTTPException | UserError) -> Response:
+    if isinstance(failed, UserError):
+        failed = HTTPException(_STATUS.get(type(failed), 500), str(failed))
+    kind = "invalid_request_error"
+    if failed.status_code >= 500:
+        kind = "server_error"
+    headers = {}
+    if failed.status_code == 503:
+        headers["Retry-After"] = "1"
+    return JSONResponse(_error(failed.detail, kind), failed.status_code, headers)
+
+
+def _error(message: str, kind: str) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def _is_local(host: str) -> bool:
@@ -268,166 +338,3 @@ def _is_local(host: str) -> bool:
         return name == "localhost" or bool(ipaddress.ip_address(name))
     except ValueError:
         return False
-
-
-def _problem(
-    status: int,
-    message: str,
-    headers: Mapping[str, str] | None = None,
-    **parts: str | None,
-) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == 503:
-        headers = {"Retry-After": "1"}
-    return JSONResponse(error(message, kind, **parts), status, headers)
-
-
-async def _of_error(_: Request, failed: Exception) -> Response:
-    status = 500
-    if isinstance(failed, SettingError | DataError | ModelError):
-        status = 400
-    if isinstance(failed, UnavailableError):
-        status = 503
-    return _problem(status, str(failed))
-
-
-async def _of_status(_: Request, failed: HTTPException) -> Response:
-    return _problem(failed.status_code, str(failed.detail), failed.headers)
-
-
-async def _of_validation(_: Request, failed: RequestValidationError) -> Response:
-    """Names the first value of a body that is refused."""
-    first = failed.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:])
-    kind = first["type"]
-    if kind == "json_invalid":
-        return _problem(
-            400,
-            f"the body is not JSON: {first.get('ctx', {}).get('error', '')}, at character {place}",
-        )
-    if kind == "unsupported":
-        return _problem(400, first["msg"], param=first["ctx"]["name"])
-    if not place:
-        return _problem(
-            400, "the body is not a JSON object with Content-Type: application/json"
-        )
-    if kind == "missing":
-        why = "is missing"
-    else:
-        reason = (
-            first["msg"]
-            .removeprefix("Value error, ")
-            .replace("Input should", "it should")
-        )
-        why = f"is {shown(first['input'])}: {reason}"
-    return _problem(400, f"{place} {why}", param=place)
-
-
-def application(worker: Worker, name: str) -> FastAPI:
-    """The routes; ``name`` is that of the model."""
-    handlers = {
-        UserError: _of_error,
-        HTTPException: _of_status,
-        RequestValidationError: _of_validation,
-    }
-    app = FastAPI(
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        exception_handlers=handlers,  # type: ignore[arg-type]
-    )
-    card = {
-        "id": name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "sparsellm",
-    }
-
-    @app.api_route("/health", methods=["GET", "HEAD"])
-    async def _health() -> Response:
-        return JSONResponse({"model": name, **worker.state()})
-
-    @app.api_route("/v1/models", methods=["GET", "HEAD"])
-    async def _models() -> Response:
-        return JSONResponse({"object": "list", "data": [card]})
-
-    @app.api_route("/v1/models/{asked:path}", methods=["GET", "HEAD"])
-    async def _model(asked: str) -> Response:
-        return JSONResponse(card) if asked == name else unknown(asked)
-
-    def unknown(asked: str) -> Response:
-        return _problem(
-            404,
-            f"model is {shown(asked)}; this server has {name!r}",
-            code="model_not_found",
-        )
-
-    async def answer(asked: Asked, request: Request) -> Response:
-        if asked.model not in (None, name):
-            return unknown(asked.model)
-        job = Job(asked.ids, asked.sampling(), asked.max_tokens, streams=asked.stream)
-        made = Answer(asked, name)
-        worker.submit(job)
-        events = _events(job, request)
-        try:
-            # what the prompt is refused for comes before a stream begins
-            event = await anext(events)
-            if asked.stream:
-                return StreamingResponse(
-                    _stream(event, events, made), media_type="text/event-stream"
-                )
-        except GoneError:
-            return Response(status_code=499)
-        assert isinstance(event, Generation)
-        return JSONResponse(made.whole(event))
-
-    @app.post("/v1/chat/completions")
-    async def _chat(asked: ChatRequest, request: Request) -> Response:
-        return await answer(asked, request)
-
-    @app.post("/v1/completions")
-    async def _completions(asked: CompletionRequest, request: Request) -> Response:
-        return await answer(asked, request)
-
-    return app
-
-
-async def _events(job: Job, request: Request) -> AsyncIterator[str | Generation]:
-    """Pieces of text, and the result last. The job is cancelled when nobody reads on, or the client is gone."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        job.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        event: str | Generation = ""
-        while isinstance(event, str):
-            event = await job.event()
-            yield event
-    finally:
-        watching.cancel()
-        job.cancel()
-
-
-async def _stream(
-    event: str | Generation, events: AsyncIterator[str | Generation], made: Answer
-) -> AsyncIterator[str]:
-    """An answer as server-sent events."""
-    try:
-        yield _sent(made.first())
-        while isinstance(event, str):
-            yield _sent(made.piece(event))
-            event = await anext(events)
-        for content in made.last(event):
-            yield _sent(content)
-        yield "data: [DONE]\n\n"
-    except GoneError:
-        return
-    except UserError as failed:
-        yield _sent(error(str(failed), "server_error"))
-
-
-def _sent(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"

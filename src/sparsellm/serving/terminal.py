@@ -7,35 +7,38 @@ import re
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from dataclasses import dataclass, field, replace
 
 from sparsellm import interrupts
 from sparsellm.serving.prompts import Message, chat_ids, open_model
-from sparsellm.serving.protocol import Seed, Temperature, Tokens, Words
+from sparsepack.arguments import check
 from sparsepack.files import context_limit
-from sparsepack.generation import Sampling, continuation
+from sparsepack.generation import MOST_THREADS, Sampling, check_text, continuation
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 ENDS = ("/quit", "/exit", "/bye")
 
 
-class Manner(BaseModel):
-    """How a conversation is held: the first message, and limit, sampling and CPU threads of the answers. None means no
-    first message, the temperature that the model recommends, another seed each time, or torch's number of threads."""
+@dataclass(frozen=True)
+class Manner(Sampling):
+    """How a conversation is held: the sampling of its answers, with another seed each time unless one is given, the
+    first message, and the CPU threads. None means the temperature that the model recommends, no first message, or
+    torch's number of threads. A SettingError names what is out of range."""
 
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False
-    )
+    max_new_tokens: int = 512
+    temperature: float | None = None
+    seed: int = field(default_factory=lambda: secrets.randbits(62))
+    system: str | None = None
+    threads: int | None = None
 
-    system: Words | None = None
-    max_new_tokens: Tokens = 512
-    temperature: Temperature | None = None
-    seed: Seed | None = None
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.system is not None:
+            check_text("system", self.system)
+        if self.threads is not None:
+            check("threads", self.threads, int, least=1, most=MOST_THREADS)
 
 
 def chat(
@@ -52,49 +55,33 @@ def chat(
     the conversation. Errors as in ``sparsellm.serving.prompts.chat_ids``."""
     model, tokenizer = open_model(directory, options, template=True)
     limit = context_limit(model.config)
-    seed = manner.seed
-    if seed is None:
-        seed = secrets.randbits(62)
-    beginning: list[Message] = []
-    if manner.system is not None:
-        beginning.append({"role": "system", "content": manner.system})
-    messages = list(beginning)
+    messages: list[Message] = []
     received: list[int] = []
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            import readline  # noqa: F401 - arrow keys and history in the lines that input() reads
-        say(HELP)
-    while (line := _line(say)) not in (None, *ENDS):
+    for line in _lines(say):
         if line == "/reset":
-            messages = list(beginning)
-        if not line or line == "/reset":
+            messages.clear()
             continue
+        if not messages and manner.system is not None:
+            messages.append({"role": "system", "content": manner.system})
         messages.append({"role": "user", "content": line})
         ids = chat_ids(tokenizer, messages)
-        if limit is None:
-            room = manner.max_new_tokens
-        else:
-            room = min(manner.max_new_tokens, limit - ids.shape[1])
+        room = manner.max_new_tokens
+        if limit is not None:
+            room = min(room, limit - ids.shape[1])
         if room < 1:
             messages.pop()
             say(
                 f"the conversation has {ids.shape[1]} tokens and the model takes {limit}; /reset begins anew"
             )
             continue
-        sampling = Sampling(
-            max_new_tokens=room,
-            temperature=manner.temperature,
-            seed=(seed + len(messages)) % 2**63,
-        )
+        seed = (manner.seed + len(messages)) % 2**63
         received.clear()
         with interrupts.handled_by(lambda signum, _: received.append(signum)):
             answer = continuation(
                 model,
                 tokenizer,
                 ids,
-                sampling,
+                replace(manner, max_new_tokens=room, seed=seed),
                 threads=manner.threads,
                 on_text=show,
                 cancelled=lambda: bool(received),
@@ -106,17 +93,22 @@ def chat(
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def _line(say: Callable[[str], None]) -> str | None:
-    """The next line of stdin; None at its end. What looks like a command and is none is answered with a line of help,
-    and returned as an empty line."""
-    try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
-    if re.fullmatch(r"/\w+", line) is None or line in ("/reset", *ENDS):
-        return line
-    if line == "/help":
+def _lines(say: Callable[[str], None]) -> Iterator[str]:
+    """The lines of stdin, up to its end or a command that ends. What looks like a command and is none is answered with
+    a line of help."""
+    prompt = ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        prompt = "> "
+        with suppress(ImportError):
+            import readline  # noqa: F401 - arrow keys and history in the lines that input() reads
         say(HELP)
-    else:
-        say(f"{line} is no command here; {HELP}")
-    return ""
+    with suppress(EOFError):
+        while (line := input(prompt).strip()) not in ENDS:
+            if line == "/help":
+                say(HELP)
+            elif re.fullmatch(r"/\w+", line) and line != "/reset":
+                say(f"{line} is no command here; {HELP}")
+            elif line:
+                yield line
