@@ -26,7 +26,7 @@ FLOAT_TYPES: dict[str, torch.dtype] = {
 STORED_AS = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
 VALUE_TYPES = tuple(STORED_AS)  # in memory
 TYPE_OF = {dtype: value_type for value_type, dtype in STORED_AS.items()}
-BITS = {  # of a value in a file
+BITS = {  # bits that a value has in a file
     "bf16": 16,
     "fp16": 16,
     "fp32": 32,

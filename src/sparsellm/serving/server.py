@@ -43,7 +43,7 @@ MOST_CONTEXT = 8192  # tokens, unless more is asked for: a longer prompt keeps a
 JSON = "application/json"
 _STARTED = int(time.time())
 GRACE = 5.0  # seconds that a running request has to end when the server stops
-# of our errors, for a client; others are 500
+# what a client gets for our errors; others are 500
 _STATUS = {DataError: 400, ModelError: 400, SettingError: 400, UnavailableError: 503}
 
 
