@@ -73,6 +73,9 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
             "pydoc",
             "words.jsonl",
         ]
+    # the same windows from the function that draws from one source
+    alike = mixed_windows(mixture, [8, 12], drawn)[0]
+    assert torch.equal(drawn(mixture, 8, 12), alike)
     for source, first, further in (
         ("a,b.txt", 4, 6),
         ("words.jsonl", 2, 3),

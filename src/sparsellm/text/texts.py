@@ -79,13 +79,14 @@ def documents_of(records: Iterable[tuple[str, Any]]) -> list[Any]:
 
 
 def _jsonl_rows(path: Path) -> list[Any]:
-    return documents_of(
-        (
-            place := f"{path}, line {number}",
-            parse_json(line, f"{place},", error=DataError),
-        )
+    places = (
+        (f"{path}, line {number}", line)
         for number, line in enumerate(text_rows(path), start=1)
         if line.strip()
+    )
+    return documents_of(
+        (place, parse_json(line, f"{place},", error=DataError))
+        for place, line in places
     )
 
 

@@ -60,7 +60,7 @@ def calibration_windows(
     bos: Bos = "auto",
     fresh: int = 0,
 ) -> Tensor:
-    """Calibration windows, drawn at random from one source or a text; the same arguments return the same windows.
+    """Calibration windows, drawn at random from a source, a mixture or a text. The same arguments return the same ones.
 
     The papers draw offsets into the joined text independently (SparseGPT 2301.00774, GPTQ 2210.17323), so windows may
     overlap. Here they do not overlap if the text is long enough: disjoint windows carry more information at the same
@@ -70,6 +70,14 @@ def calibration_windows(
     begins with it (``leading_token``). Fresh windows overlap with no other, so a short text may have fewer or none;
     those of documents (``c4``) may overlap. Raises DataError if the source cannot be read, the text is too short for
     one window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
+    if isinstance(source, str) and len(shares_of(source)) > 1:
+        return mixed_windows(
+            source,
+            [samples, fresh],
+            lambda part, count, more: calibration_windows(
+                part, tokenizer, count, seq_len, seed, bos, more
+            ),
+        )[0]
     check_memory(samples, seq_len)
     reader = _Reader(source, "calibration", tokenizer, bos, seq_len)
     generator = torch.Generator().manual_seed(seed)
@@ -265,11 +273,14 @@ class _Reader:
                 size += len(joiner) + len(document)
             # before the next one is read
             if TOKENISING * size > max(1 << 28, free):
-                raise DataError(
-                    f"{self.text.called} has more than {size / 1e6:.1f} million characters; tokenising it takes about "
-                    f"{TOKENISING * size / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
-                )
+                raise self._too_long(size, free, "more than ")
         return joiner.join(parts)
+
+    def _too_long(self, characters: int, free: int, more: str = "") -> DataError:
+        return DataError(
+            f"{self.text.called} has {more}{characters / 1e6:.1f} million characters; tokenising it takes about "
+            f"{TOKENISING * characters / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
+        )
 
     def _chat(self, messages: Any) -> str:
         """A conversation by the chat template, without the BOS that ``led`` puts before windows."""
@@ -291,7 +302,12 @@ class _Reader:
         return text.removeprefix(str(self.tokenizer.bos_token))
 
     def tokens(self, text: str, least: int = 0) -> Tensor:
-        """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that ``led`` puts before windows."""
+        """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that ``led`` puts before windows. A
+        DataError says that it has fewer, or that memory is short."""
+        needed = TOKENISING * len(text)
+        # asking takes a millisecond
+        if needed > 1 << 28 and needed > (free := machine.free_memory()):
+            raise self._too_long(len(text), free)
         # verbose=False: the warning that a text is longer than the model's positions does not apply here.
         ids = self.tokenizer(
             text,
