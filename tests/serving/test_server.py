@@ -25,7 +25,7 @@ from sparsellm.serving.server import ServerSettings, open_door
 from sparsellm.serving.worker import Job, UnavailableError, Worker
 from sparsepack.decode import PIECE
 from sparsepack.errors import SettingError
-from sparsepack.generation import Sampling, continuation
+from sparsepack.generation import Answer, Generation, Sampling, continuation
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.serving.conftest import CONTEXT
 from tests.serving.process import KEY, serving
@@ -285,6 +285,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ),
     ({"messages": ASKED, "logprobs": True}, 400, "logprobs is True, which"),
     ({"messages": ASKED, "logprobs": 0}, 400, "logprobs is 0, which"),
+    ({"messages": ASKED, "tools": False}, 400, "tools is False, which"),
+    ({"messages": ASKED, "tool_choice": "required"}, 400, "tool_choice is 'required'"),
     ({"messages": ASKED, "top_k": -2}, 400, "top_k is -2"),
     ({"messages": ASKED, "min_p": 2}, 400, "min_p is 2"),
     ({"messages": ASKED, "repetition_penalty": 0}, 400, "repetition_penalty is 0"),
@@ -306,7 +308,13 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
         400,
         "messages.0.content",
     ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
+        400,
+        "messages.0.content is [{'type': 'image'",
+    ),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages.0.content"),
+    ({"messages": [{**ASKED[0], "name": 5}]}, 400, "messages.0.name is 5"),
     (
         {"messages": ASKED, "model": "gpt-4"},
         404,
@@ -447,6 +455,13 @@ def test_what_is_not_json_or_has_no_end_is_refused(url: str) -> None:
         httpx.post(f"{url}/completions", content=pieces, headers=HEADERS).status_code
         == 413
     )
+    # more than is ever read
+    assert (
+        httpx.post(
+            f"{url}/completions", content=b" " * (40 * MOST), headers=HEADERS
+        ).status_code
+        == 413
+    )
     # what a page of the web may send without asking
     plain = {
         **HEADERS,
@@ -467,6 +482,12 @@ def test_what_is_not_json_or_has_no_end_is_refused(url: str) -> None:
 def test_a_wrong_key_is_refused(url: str) -> None:
     with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
         OpenAI(base_url=url, api_key=KEY + "x").models.list()
+    with pytest.raises(openai.NotFoundError) as caught:
+        OpenAI(base_url=url, api_key=KEY).models.retrieve("other")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.AuthenticationError) as refused:
+        OpenAI(base_url=url, api_key="x").models.list()
+    assert refused.value.code == "invalid_api_key"
     for header in (b"Bearer \xe9", b"Basic " + KEY.encode(), KEY.encode()):
         assert (
             httpx.get(f"{url}/models", headers={b"Authorization": header}).status_code
@@ -609,6 +630,27 @@ def test_a_broken_request_leaves_the_server_alive(
     assert "no memory" in caplog.text
 
 
+def test_an_answer_that_cannot_be_read_leaves_the_worker_alive(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        worker = worker_of(model, queue=2)
+        with monkeypatch.context() as broken:
+            broken.setattr(Answer, "result", Mock(side_effect=RuntimeError("no")))
+            job = Job(prompt_ids, Sampling(), 4, streams=False)
+            worker.submit(job)
+            with pytest.raises(Exception, match=r"the server failed \(RuntimeError\)"):
+                await job.event()
+        next_job = Job(prompt_ids, Sampling(), 4, streams=False)
+        worker.submit(next_job)
+        result = await asyncio.wait_for(next_job.event(), 60)
+        assert isinstance(result, Generation)
+        assert result.new_tokens == 4
+        worker.stop(0)
+
+    asyncio.run(run())
+
+
 def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -622,6 +664,10 @@ def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
     [
         (("--host", "0.0.0.0"), f"--host 0.0.0.0 {OPEN}"),
         (("--port", "99999"), "--port is 99999"),
+        (("--queue", "10001"), "--queue is 10001"),
+        (("--context", "1"), "--context is 1"),
+        (("--max-tokens", str(1 << 31)), f"--max-tokens is {1 << 31}"),
+        (("--max-body", "2GiB"), f"--max-body is {2 << 30}"),
         (("--key-file", "{tmp}/empty"), "is empty or more than one word"),
         (("--key-file", "{tmp}/pipe"), "pipe is not an ordinary file"),
         (("--max-body", "much"), "size 'much' is unknown"),

@@ -15,7 +15,7 @@ from sparsepack.generation import Sampling, generation_settings
 from sparsepack.loading import checkpoint_path, load
 
 Message = dict[str, str]
-"""``role`` and ``content``."""
+"""``role`` and ``content``, and perhaps ``name``."""
 
 
 def open_model(

@@ -21,26 +21,28 @@ from sparsepack.arguments import MOST, check, check_choice, refuse
 from sparsepack.errors import SettingError
 from sparsepack.generation import Generation, Sampling, check_text
 
-# What would change the answer and is not supported, with a value besides null and false that changes nothing.
-_UNSUPPORTED: dict[str, object] = {
-    "n": 1,
-    "best_of": 1,
-    "top_logprobs": 0,
-    "audio": None,
-    "echo": None,
-    "suffix": "",
-    "logprobs": None,
-    "logit_bias": {},
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "tools": [],
-    "tool_calls": [],
-    "functions": [],
-    "grammar": "",
-    "json_schema": {},
-    "guided_json": {},
-    "guided_regex": "",
-    "structured_outputs": {},
+# What would change the answer and is not supported, with the values besides null that change nothing.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "top_logprobs": (0,),
+    "audio": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "tool_calls": ([],),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "grammar": ("",),
+    "json_schema": ({},),
+    "guided_json": ({},),
+    "guided_regex": ("",),
+    "structured_outputs": ({},),
 }
 _SAMPLED = {
     "temperature",
@@ -136,13 +138,20 @@ def _supported(name: str, values: Any) -> dict[str, Any]:
     """The values of a JSON object by name, without null."""
     check(name, values, dict)
     given = {key: value for key, value in values.items() if value is not None}
-    for key, neutral in _UNSUPPORTED.items():
-        value = given.get(key, False)
-        if value is not False and value != neutral:
+    for key in given.keys() & _UNSUPPORTED:
+        if not _changes_nothing(key, given[key]):
             raise SettingError(
-                f"{key} is {shown(value)}, which this server does not support"
+                f"{key} is {shown(given[key])}, which this server does not support"
             )
     return given
+
+
+def _changes_nothing(name: str, value: object) -> bool:
+    """In JSON, ``logprobs: 0`` asks for something, and ``false`` does not."""
+    return any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in _UNSUPPORTED[name]
+    )
 
 
 def _sampling(given: dict[str, Any]) -> Sampling:
@@ -172,13 +181,24 @@ def _messages(messages: Any) -> list[Message]:
         check_choice(f"{name}.role", role, ("system", "user", "assistant"))
         content: Any = given.get("content")
         if isinstance(content, list):
-            try:
-                content = "".join(part["text"] for part in content)
-            except (KeyError, TypeError):
-                refuse(f"{name}.content", content, "text")
+            content = _joined(f"{name}.content", content)
         check_text(f"{name}.content", content)
         checked.append({"role": role, "content": content})
+        if "name" in given:
+            check_text(f"{name}.name", given["name"])
+            checked[-1]["name"] = given["name"]
     return checked
+
+
+def _joined(name: str, parts: list[Any]) -> str:
+    """The text of a message whose parts are all text."""
+    texts = []
+    for part in parts:
+        is_text = isinstance(part, dict) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
+            refuse(name, parts, "text")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _usage(result: Generation) -> dict[str, int]:

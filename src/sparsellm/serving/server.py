@@ -21,8 +21,7 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
-from starlette.exceptions import HTTPException
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -47,6 +46,15 @@ GRACE = 5.0  # seconds that a running request has to end when the server stops
 _STATUS = {DataError: 400, ModelError: 400, SettingError: 400, UnavailableError: 503}
 
 
+@dataclass(frozen=True)
+class _Refused(Exception):  # noqa: N818 - it is an answer, and no mistake of ours
+    """A request that is refused: the status, what the client is told, and OpenAI's code of it, if it has one."""
+
+    status: int
+    message: str
+    code: str | None = None
+
+
 class ServerSettings(BaseModel):
     """What the server listens to and where its limits are."""
 
@@ -56,10 +64,10 @@ class ServerSettings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     key_file: Path | None = None
     name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    max_tokens: PositiveInt = 2048
-    context: PositiveInt | None = None
-    queue: NonNegativeInt = 16
-    max_body: PositiveInt = 1 << 20
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 2048
+    context: Annotated[int, Field(ge=2, lt=1 << 31)] | None = None
+    queue: Annotated[int, Field(ge=0, le=10_000)] = 16
+    max_body: Annotated[int, Field(ge=1, le=1 << 30)] = 1 << 20
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     quiet: bool = False
 
@@ -211,24 +219,29 @@ class Application:
         """Answers a request, as long as its client is there."""
         request = Request(scope, receive)
         body = bytearray()
+        read = 0
         try:
             # a client that still sends would lose the answer when the connection closes
             async for part in request.stream():
+                read += len(part)
                 if len(body) <= self.most:
                     body += part
+                if read >= 16 * self.most:
+                    break
         except ClientDisconnect:
             return
         answering = asyncio.create_task(self._answer(request, body, send))
-        gone = asyncio.ensure_future(receive())
-        gone.add_done_callback(lambda _: answering.cancel())
+        watching = asyncio.create_task(_gone(receive))
+        watching.add_done_callback(lambda _: answering.cancel())
         with suppress(asyncio.CancelledError):
             await answering
+        watching.cancel()
 
     async def _answer(self, request: Request, body: bytearray, send: Send) -> None:
         try:
             self._check_sender(request)
             response = await self._response(request, body)
-        except (HTTPException, UserError) as failed:
+        except (_Refused, UserError) as failed:
             response = _refusal(failed)
         await response(request.scope, request.receive, send)
 
@@ -237,7 +250,7 @@ class Application:
         if self.key is None:
             host = request.headers.get("host", "")
             if not _is_local(host):
-                raise HTTPException(
+                raise _Refused(
                     400,
                     f"the host {shown(host)} is not localhost; set {KEY} to allow others",
                 )
@@ -245,11 +258,13 @@ class Application:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             given = f"{scheme.lower()} {key.strip()}".encode("latin-1")
             if not hmac.compare_digest(given, f"bearer {self.key}".encode()):
-                raise HTTPException(401, "the API key is missing or wrong")
+                raise _Refused(
+                    401, "the API key is missing or wrong", code="invalid_api_key"
+                )
 
     async def _response(self, request: Request, body: bytearray) -> Response:
         if len(body) > self.most:
-            raise HTTPException(
+            raise _Refused(
                 413, f"the body is too large; at most {self.most} bytes are read"
             )
         path = request.scope["path"]
@@ -273,12 +288,14 @@ class Application:
             if path.startswith("/v1/models/"):
                 self._check_name(path.removeprefix("/v1/models/"))
                 return JSONResponse(card)
-        raise HTTPException(404)
+        raise _Refused(404, "Not Found")
 
     def _check_name(self, asked: object) -> None:
         if asked != self.name:
-            raise HTTPException(
-                404, f"model is {shown(asked)}; this server has {self.name!r}"
+            raise _Refused(
+                404,
+                f"model is {shown(asked)}; this server has {self.name!r}",
+                code="model_not_found",
             )
 
     async def _made(self, asked: Asked) -> Response:
@@ -292,6 +309,12 @@ class Application:
         if isinstance(event, Generation) and not asked.streams:
             return JSONResponse(asked.whole(event))
         return StreamingResponse(_stream(asked, event), media_type="text/event-stream")
+
+
+async def _gone(receive: Receive) -> None:
+    """Waits until the client is gone; what it still sends is not read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _stream(asked: Asked, event: str | Generation) -> AsyncIterator[str]:
@@ -314,21 +337,22 @@ def _sent(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def _refusal(failed: HTTPException | UserError) -> Response:
+def _refusal(failed: _Refused | UserError) -> Response:
     if isinstance(failed, UserError):
-        failed = HTTPException(_STATUS.get(type(failed), 500), str(failed))
+        failed = _Refused(_STATUS.get(type(failed), 500), str(failed))
     kind = "invalid_request_error"
-    if failed.status_code >= 500:
+    if failed.status >= 500:
         kind = "server_error"
     headers = {}
-    if failed.status_code == 503:
+    if failed.status == 503:
         headers["Retry-After"] = "1"
-    return JSONResponse(_error(failed.detail, kind), failed.status_code, headers)
+    error = _error(failed.message, kind, failed.code)
+    return JSONResponse(error, failed.status, headers)
 
 
-def _error(message: str, kind: str) -> dict[str, Any]:
+def _error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def _is_local(host: str) -> bool:

@@ -219,7 +219,9 @@ class Worker:
         """Sends the result of a job, or why there is none. No memory, or a PanicException of a tokenizer, is for the
         log: the next request may work."""
         event: Generation | UserError
-        if failed is None:
+        try:
+            if failed is not None:
+                raise failed
             assert job.answer is not None
             event = job.answer.result()
             self._counts["tokens"] += event.new_tokens
@@ -228,12 +230,12 @@ class Worker:
                 f"{event.prompt_tokens} tokens read in {event.prefill_seconds:.2f} s, {event.new_tokens} generated "
                 f"({event.tokens_per_second:.1f} tokens/s), {event.finish}"
             )
-        elif isinstance(failed, UserError):
-            event = failed
-        else:
-            logging.getLogger(__name__).error("a request failed", exc_info=failed)
+        except UserError as error:
+            event = error
+        except BaseException as error:
+            logging.getLogger(__name__).error("a request failed", exc_info=error)
             event = SparseLLMError(
-                f"the server failed ({type(failed).__name__}); its log says why"
+                f"the server failed ({type(error).__name__}); its log says why"
             )
         # before the answer: whoever gets it may ask again at once
         with self._changed:
