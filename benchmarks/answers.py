@@ -8,11 +8,10 @@ A form is a name and a checkpoint, dense or packed, which `sparsellm serve` runs
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from measure import code_version, cpu_name
-from serving import Form, Server, serving
+from serving import Form, parser_of_forms, serving
 
 OUT = Path(__file__).parent / "out"
 INSTRUCTIONS = (
@@ -25,51 +24,21 @@ INSTRUCTIONS = (
 )
 
 
-def answer_of(server: Server, instruction: str, new_tokens: int) -> str:
-    """The greedy answer of a model to one instruction, in its chat template."""
-    made = server.ask(
-        "/v1/chat/completions",
-        {
-            "model": server.ask("/v1/models")["data"][0]["id"],
-            "messages": [{"role": "user", "content": instruction}],
-            "max_tokens": new_tokens,
-            "temperature": 0,
-        },
-    )
-    return str(made["choices"][0]["message"]["content"]).strip()
-
-
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("forms", nargs="+", metavar="NAME=PATH")
-    parser.add_argument("--llama-server", type=Path, help="the program, for GGUF files")
-    parser.add_argument(
-        "--xllamacpp", type=Path, help="an interpreter with xllamacpp, in its place"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=300)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--dtype", default="auto", help="of sparsellm")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the logs")
-    # what serving.py asks for besides
-    parser.set_defaults(clients=[1], vllm=None, vllm_options="")
-    return parser.parse_args()
-
-
 def main() -> None:
-    asked = parsed()
+    parser = parser_of_forms(__doc__, new_tokens=300, context=1024, out=OUT)
+    asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     answers: dict[str, list[str]] = {}
     for text in asked.forms:
         name, _, path = text.partition("=")
         with serving(Form.of(path), asked) as server:
-            answers[name] = [
-                answer_of(server, instruction, asked.new_tokens)
+            made = [
+                server.chat(instruction, asked.new_tokens)
                 for instruction in INSTRUCTIONS
             ]
+        answers[name] = [
+            one["choices"][0]["message"]["content"].strip() for one in made
+        ]
     print(
         f"Greedy, at most {asked.new_tokens} tokens; {cpu_name()}, code {code_version()}.\n"
     )

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import code_version, cpu_name
-from serving import Form, Server, serving
+from serving import Form, Server, parser_of_forms, serving
 
 HERE = Path(__file__).parent
 TASKS = HERE / "programs.toml"
@@ -137,15 +137,7 @@ def ask(server: Server, task: dict[str, Any], new_tokens: int) -> dict[str, Any]
     """The greedy answer of a model to a task, with its tokens and seconds."""
     question = QUESTION.format(signature=task["signature"], says=task["says"])
     began = time.perf_counter()
-    made = server.ask(
-        "/v1/chat/completions",
-        {
-            "model": server.ask("/v1/models")["data"][0]["id"],
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": new_tokens,
-            "temperature": 0,
-        },
-    )
+    made = server.chat(question, new_tokens)
     return {
         "task": name_of(task),
         "answer": made["choices"][0]["message"]["content"],
@@ -175,22 +167,8 @@ def answers_of(
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("forms", nargs="+", metavar="NAME=PATH")
-    parser.add_argument("--llama-server", type=Path, help="the program, for GGUF files")
-    parser.add_argument(
-        "--xllamacpp", type=Path, help="an interpreter with xllamacpp, in its place"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the answers")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=400)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--dtype", default="auto", help="of sparsellm")
+    parser = parser_of_forms(__doc__, new_tokens=400, context=1024, out=None)
     parser.add_argument("--tasks", type=Path, default=TASKS)
-    # of serving.py
-    parser.set_defaults(clients=[1], vllm=None, vllm_options="")
     return parser.parse_args()
 
 

@@ -106,6 +106,18 @@ class Server:
         with urllib.request.urlopen(request, timeout=LOADING) as answer:
             return json.loads(answer.read() or "null")
 
+    def chat(self, message: str, new_tokens: int) -> Any:
+        """OpenAI's object with the greedy answer to a message, in the model's chat template."""
+        return self.ask(
+            "/v1/chat/completions",
+            {
+                "model": self.ask("/v1/models")["data"][0]["id"],
+                "messages": [{"role": "user", "content": message}],
+                "max_tokens": new_tokens,
+                "temperature": 0,
+            },
+        )
+
     def computed(self) -> float:
         """Seconds of the processor, of the server and the processes that it started."""
         seconds = 0.0
@@ -222,37 +234,51 @@ def version_of(python: Path, *packages: str) -> str:
     return done.stdout.strip()
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
+def parser_of_forms(
+    description: str | None, *, new_tokens: int, context: int, out: Path | None
+) -> argparse.ArgumentParser:
+    """A command line with forms, and what ``serving`` has to know of them, with these defaults; ``out`` of None must be
+    given. There is one client, and no vLLM, unless options for them are added."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("forms", nargs="+", metavar="NAME=[vllm:]PATH")
-    parser.add_argument("--vllm", type=Path, help="interpreter of vLLM's environment")
-    parser.add_argument(
-        "--vllm-options", default="", help="more words for `vllm serve`"
-    )
+    parser.add_argument("forms", nargs="+", metavar="NAME=PATH")
     parser.add_argument("--llama-server", type=Path, help="the program, for GGUF files")
     parser.add_argument(
         "--xllamacpp", type=Path, help="an interpreter with xllamacpp, in its place"
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto", help="of sparsellm and vLLM")
-    parser.add_argument("--prompt-words", type=int, nargs="+", default=[32])
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=new_tokens)
     parser.add_argument(
-        "--context", type=int, default=512, help="tokens of a prompt and its answer"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--cpu-seconds", action="store_true", help="processor time: a shared machine"
+        "--context",
+        type=int,
+        default=context,
+        help="tokens of a prompt and its answer",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("/tmp"),
-        help="folder for the logs of the servers",
+        default=out,
+        required=out is None,
+        help="folder for what is kept, such as the logs of the servers",
+    )
+    parser.set_defaults(clients=[1], vllm=None, vllm_options="")
+    return parser
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = parser_of_forms(__doc__, new_tokens=64, context=512, out=Path("/tmp"))
+    parser.add_argument("--vllm", type=Path, help="interpreter of vLLM's environment")
+    parser.add_argument(
+        "--vllm-options", default="", help="more words for `vllm serve`"
+    )
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--prompt-words", type=int, nargs="+", default=[32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="processor time: a shared machine"
     )
     return parser.parse_args()
 

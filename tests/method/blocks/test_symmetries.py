@@ -62,11 +62,6 @@ def loaded(
         )
 
 
-def found(task: BlockTask) -> list[Channels]:
-    """The proved channels of the loaded block."""
-    return find_channels(task)
-
-
 def grams_of(task: BlockTask, linears: list[LinearView]) -> dict[str, Gram]:
     """The Gram matrices of the inputs of linears, by name."""
     return {
@@ -87,7 +82,7 @@ def permuted(
     """Rotates and permutes the block that is :func:`loaded`; the model must compute the same. Last: what changed."""
     before, logits = copy.deepcopy(model.state_dict()), model(IDS).logits
     with loaded(model, **how) as task:
-        channels = found(task)
+        channels = find_channels(task)
         rotate(task, [group for group in channels if group.rotates])
         permute_block(task, channels, None)
     torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
@@ -253,7 +248,7 @@ def test_a_rotation_lowers_what_pruning_costs() -> None:
         )
 
     with loaded(tiny_opt()) as task:
-        values = next(group for group in found(task) if group.rotates)
+        values = next(group for group in find_channels(task) if group.rotates)
 
         def total() -> float:
             grams = grams_of(task, values.linears)
@@ -276,7 +271,7 @@ def test_cayleys_map_is_orthogonal() -> None:
 
 def test_values_fused_with_queries_and_keys_are_rotated_alike() -> None:
     with loaded(tiny_gpt2()) as task:
-        values = next(group for group in found(task) if group.rotates)
+        values = next(group for group in find_channels(task) if group.rotates)
         ((fused, rows),) = values.sources
         alone = nn.Linear(fused.in_features, rows.numel(), bias=False)
         alone.weight.data = fused.weight()[rows.flatten()]

@@ -195,23 +195,11 @@ def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
     runs = [
         swept(open_chain(copy.deepcopy(model), device=CPU), dense, ids, 2, 0.003),
         swept(open_chain(path, device=CPU), dense, ids, 2, 0.003),
-        swept(
-            open_chain(path, device=CPU),
-            dense,
-            ids,
-            2,
-            0.003,
-            Scratch(Room(0), tmp_path),
-        ),
-        swept(
-            open_chain(path, device=CPU),
-            dense,
-            ids,
-            2,
-            0.003,
-            Scratch(Room(50_000), tmp_path),
-        ),
     ]
+    for memory in (0, 50_000):
+        scratch = Scratch(Room(memory), tmp_path)
+        chain = open_chain(path, device=CPU)
+        runs.append(swept(chain, dense, ids, 2, 0.003, scratch))
     for history, written in runs[1:]:
         assert history == runs[0][0]
         assert same_bits(written, runs[0][1])
