@@ -69,7 +69,7 @@ PROGRAMS: dict[ProgramName, Program] = {
         "llama-server -m {}",
     ),
     "vllm": Program(
-        "a compressed-tensors directory in 4 and 8 bits, chosen by linear; no zeros; 8 bits need a GPU there",
+        "a compressed-tensors directory in 4 and 8 bits, chosen by linear; no zeros; on a CPU vLLM lacks 8 bits",
         "vllm serve {}",
     ),
     "sparsellm": Program(

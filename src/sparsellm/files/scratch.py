@@ -42,8 +42,8 @@ class Scratch:
 
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
-    Without ``memory`` it has no limit; without ``directory`` files are in the system's temporary one; without
-    ``on_device`` there is no room on the device.
+    If ``memory`` is None, it has no limit. If ``directory`` is None, files lie in the system's directory for temporary
+    files. If ``on_device`` is None, the device has no room.
 
     Attributes:
         on_disk: the most bytes that were in files at any time.

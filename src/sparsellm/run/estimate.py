@@ -1,7 +1,7 @@
 """What a run would take, by ten formulas that a reader can check by hand: for ``sparsellm plan`` and ``--dry-run``.
 
-Bytes are right within a third, seconds within a half (docs/payoff.md). A run itself goes by what it measures, see
-``sparsellm.run.budget``.
+Bytes are right within a third (docs/payoff.md). Seconds leave out the time that a choice of types takes. A run itself
+goes by what it measures, see ``sparsellm.run.budget``.
 """
 
 from __future__ import annotations

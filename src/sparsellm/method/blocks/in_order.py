@@ -235,9 +235,8 @@ class _Fitting:
         if self.damping is not None and changed:
             writer = sublayer.writer
         recorded = writer
-        with (
-            task.stream.store() as target
-        ):  # batches of the writer's output before pruning
+        # batches of the writer's output before pruning
+        with task.stream.store() as target:
             for group in sublayer.groups:
                 task.report(
                     "+".join(linear.name.rpartition(".")[2] for linear in group)

@@ -35,9 +35,8 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     tokens, width = stream.hidden[0].shape[1:]
     pruned = {linear.name for linear in without_experts(task.linears)}
     grouping = InputGroups()
-    calls = Counter[
-        str
-    ]()  # with all tokens; after several, a window has several targets
+    # calls with all tokens; after several of a linear, a window has several targets
+    calls: Counter[str] = Counter()
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         order.append(linear.name)

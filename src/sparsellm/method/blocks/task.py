@@ -139,21 +139,21 @@ class BlockTask:
         """Calls ``prune`` with every linear and the statistics of its group, in the process that owns the linear: the
         longest work goes first, each to the process with the least to do. See ``share_out``. A caller that keeps no
         statistics frees each with its last use."""
-        pairs = [(linear, gram) for group, gram in statistics for linear in group]
+        pairs = [(linear, known) for group, known in statistics for linear in group]
         linears = [linear for linear, _ in pairs]
         owners = parallel.greedy(
             [linear.out_features * linear.in_features**2 for linear in linears]
         )
-        grams = {
-            number: gram
-            for number, (_, gram) in enumerate(pairs)
+        needed = {
+            number: known
+            for number, (_, known) in enumerate(pairs)
             if owners[number] == parallel.rank()
         }
         del statistics, pairs
         self.share_out(
             [[linear] for linear in linears],
             owners,
-            lambda number: prune(linears[number], grams.pop(number)),
+            lambda number: prune(linears[number], needed.pop(number)),
         )
 
     def share_out(
@@ -191,8 +191,12 @@ class BlockTask:
                 self.results.append(results[linear.name])
                 _receive(linear.parameter, owner)
                 if linear.name in everything[owner][1]:
-                    overwritten = linear.weight().to(linear.storage_dtype)
-                    kept = self.unrounded.get(linear.name, overwritten)
+                    empty = torch.empty(
+                        results[linear.name].shape,
+                        dtype=linear.storage_dtype,
+                        device=linear.parameter.device,
+                    )
+                    kept = self.unrounded.get(linear.name, empty)
                     self.unrounded[linear.name] = parallel.broadcast_(
                         kept.contiguous(), owner
                     )
