@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from measure import code_version, cpu_name
-from serving import Form, parser_of_forms, serving
+from serving import Form, chat, parser_of_forms, serving
 
 OUT = Path(__file__).parent / "out"
 INSTRUCTIONS = (
@@ -33,7 +33,7 @@ def main() -> None:
         name, _, path = text.partition("=")
         with serving(Form.of(path), asked) as server:
             made = [
-                server.chat(instruction, asked.new_tokens)
+                chat(server, instruction, asked.new_tokens)
                 for instruction in INSTRUCTIONS
             ]
         answers[name] = [

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import code_version, cpu_name
-from serving import Form, Server, parser_of_forms, serving
+from serving import Form, Server, chat, parser_of_forms, serving
 
 HERE = Path(__file__).parent
 TASKS = HERE / "programs.toml"
@@ -137,7 +137,7 @@ def ask(server: Server, task: dict[str, Any], new_tokens: int) -> dict[str, Any]
     """The greedy answer of a model to a task, with its tokens and seconds."""
     question = QUESTION.format(signature=task["signature"], says=task["says"])
     began = time.perf_counter()
-    made = server.chat(question, new_tokens)
+    made = chat(server, question, new_tokens)
     return {
         "task": name_of(task),
         "answer": made["choices"][0]["message"]["content"],

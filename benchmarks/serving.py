@@ -106,18 +106,6 @@ class Server:
         with urllib.request.urlopen(request, timeout=LOADING) as answer:
             return json.loads(answer.read() or "null")
 
-    def chat(self, message: str, new_tokens: int) -> Any:
-        """OpenAI's object with the greedy answer to a message, in the model's chat template."""
-        return self.ask(
-            "/v1/chat/completions",
-            {
-                "model": self.ask("/v1/models")["data"][0]["id"],
-                "messages": [{"role": "user", "content": message}],
-                "max_tokens": new_tokens,
-                "temperature": 0,
-            },
-        )
-
     def computed(self) -> float:
         """Seconds of the processor, of the server and the processes that it started."""
         seconds = 0.0
@@ -125,6 +113,19 @@ class Server:
             times = process.cpu_times()
             seconds += times.user + times.system
         return seconds
+
+
+def chat(server: Server, message: str, new_tokens: int) -> Any:
+    """OpenAI's object with the greedy answer to a message, in the model's chat template."""
+    return server.ask(
+        "/v1/chat/completions",
+        {
+            "model": server.ask("/v1/models")["data"][0]["id"],
+            "messages": [{"role": "user", "content": message}],
+            "max_tokens": new_tokens,
+            "temperature": 0,
+        },
+    )
 
 
 def free_port() -> int:
