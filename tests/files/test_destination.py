@@ -50,7 +50,7 @@ def old(model: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "out",
     ["", Path(""), ".", "a/..", "/", "//", "/..", "a\0b", "x" * 250,
-     "y/" * 3000, "z\udcff", "p.partial", "p.partial/q"],
+     "y/" * 3000, "z\udcff", "p.partial", "p.partial/q", "p.gguf"],
 )  # fmt: skip
 def test_a_path_for_no_checkpoint_is_refused(
     out: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ from sparsellm.files.files import (
     remove_torn,
     user_of_new_files,
 )
+from sparsellm.files.named import is_gguf
 
 Place = str | os.PathLike[str]
 
@@ -366,6 +367,8 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         yield "is the current directory"
     if any(part.endswith(PARTIAL) for part in place.parts):
         yield f"is a working directory, whose names end in {PARTIAL}, or in one"
+    if is_gguf(place):
+        yield "is the name of a .gguf file, and this writes a directory"
     yield from _refused_kinds(place, partial)
     for source in sources:
         for path in (place, partial):
