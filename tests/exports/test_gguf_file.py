@@ -468,9 +468,10 @@ def test_values_on_another_grid_are_refused(
         settings.pop("grid", "own"),
         **settings,
     )
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
     with pytest.raises(RecipeError, match=said):
-        sparsellm.export(directory, to=to, out=tmp_path / "out.gguf")
-    assert not (tmp_path / "out.gguf").exists()
+        sparsellm.export(directory, to=to, out=out)
+    assert not out.exists()
 
 
 def test_a_checkpoint_that_prune_did_not_write_is_refused(tmp_path: Path) -> None:
