@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.method.gram import Gram
-from sparsellm.method.solvers import SOLVERS, rounding
+from sparsellm.method.solvers import SOLVERS, descent, group_scales, rounding
+from sparsellm.method.solvers.group_scales import FACTORS, best_factors
 from sparsellm.method.solvers.prepared import prepared
 from sparsellm.method.solvers.rounding import (
     DAMPING,
@@ -21,6 +22,7 @@ from sparsellm.method.solvers.rounding import (
     to_nearest,
     uncompensated,
 )
+from sparsellm.method.solvers.weight_grid import WeightGrid
 from sparsellm.patterns import NM, Pattern
 from sparsepack.codes import (
     EXPONENTS,
@@ -49,14 +51,15 @@ def pruned(out: int, inputs: int, pattern: Pattern, seed: int = 0) -> Tensor:
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both loops over the inputs of a panel; other tests run the one that a user gets here."""
     if request.param == "torch":
-        monkeypatch.setattr(rounding, "_kernel", lambda _: None)
+        for module in (rounding, descent):
+            monkeypatch.setattr(module, "panel_kernel", lambda _: None)
 
 
 @pytest.fixture
 def descent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One descent from the nearest numbers, with the first scales."""
-    monkeypatch.setattr(rounding, "ROUNDS", 1)
-    monkeypatch.setattr(rounding._Descent, "_fit_scales", lambda self: None)
+    monkeypatch.setattr(descent, "ROUNDS", 1)
+    monkeypatch.setattr(descent.Descent, "_fit_scales", lambda self: None)
     monkeypatch.setattr(
         rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ())
     )
@@ -254,7 +257,7 @@ def test_numbers_and_scale_of_a_group_are_near_the_best(
 
 
 def removing_one_input_at_a_time(
-    weight: Tensor, grid: rounding._Grid, matrix: Tensor
+    weight: Tensor, grid: WeightGrid, matrix: Tensor
 ) -> Tensor:
     """Rounding one input after another, fp64, by definition: after each all later ones suit the error so far."""
     order = sorted(range(len(matrix)), key=lambda place: -float(matrix[place, place]))
@@ -287,7 +290,7 @@ def test_each_input_is_made_up_for_by_all_after_it(
     values: str, sparsity: float
 ) -> None:
     weight, gram = pruned(6, 80, Share(sparsity)), gram_of(80)
-    grid = rounding._Grid(
+    grid = WeightGrid(
         weight, gram, torch.ones(80), Groups.of(weight, values), torch.float32
     )
     result, notes = rounding._one_after_another(grid, weight, gram)
@@ -375,14 +378,14 @@ def test_damping_that_had_to_be_raised_is_said() -> None:
 def test_factors_of_groups_are_those_of_least_squares(
     columns: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounding, "RIDGE", 0.0)
-    monkeypatch.setattr(rounding, "SYSTEMS", 200)  # two rows at a time
+    monkeypatch.setattr(group_scales, "RIDGE", 0.0)
+    monkeypatch.setattr(group_scales, "SYSTEMS", 200)  # two rows at a time
     x = weight_of(300, columns, seed=1) * torch.linspace(0.5, 2.0, columns)
     goal = weight_of(5, columns)
     weight = goal * (1 + 0.2 * weight_of(5, columns, seed=2))
     weight[3, :size] = 0.0  # an empty group
     matrix, groups = x.T @ x / 300, Groups(columns, size, PLAIN["int4"])
-    result = rounding.best_factors(weight, (weight - goal) @ matrix, matrix, groups)
+    result = best_factors(weight, (weight - goal) @ matrix, matrix, groups)
     for row in range(5):
         parts = [
             x[:, s : s + size] @ weight[row, s : s + size]
@@ -419,14 +422,12 @@ def test_factors_stay_near_one() -> None:
     """Where the best factor is far away, and where the system cannot be factorised."""
     groups = Groups(64, 32, PLAIN["int4"])
     weight, goal = torch.ones(1, 64), torch.full((1, 64), 9.0)
-    far = rounding.best_factors(
-        weight, (weight - goal) @ torch.eye(64), torch.eye(64), groups
-    )
-    assert torch.equal(far, torch.full((1, 2), rounding.FACTORS[1]))
+    far = best_factors(weight, (weight - goal) @ torch.eye(64), torch.eye(64), groups)
+    assert torch.equal(far, torch.full((1, 2), FACTORS[1]))
     indefinite = torch.eye(64)
     indefinite[0, 63] = indefinite[63, 0] = 1e6
     assert torch.equal(
-        rounding.best_factors(weight, weight @ indefinite, indefinite, groups),
+        best_factors(weight, weight @ indefinite, indefinite, groups),
         torch.ones(1, 2),
     )
 
@@ -505,7 +506,8 @@ def test_both_loops_end_alike(
     compiled = rounded(weight, gram, values, dtype).weight
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # what the kernel asks
     assert torch.equal(rounded(weight, gram, values, dtype).weight, compiled)
-    monkeypatch.setattr(rounding, "_kernel", lambda _: None)
+    for module in (rounding, descent):
+        monkeypatch.setattr(module, "panel_kernel", lambda _: None)
     other = rounded(weight, gram, values, dtype).weight
     assert float((compiled == other).float().mean()) > 0.97
     assert loss(compiled, weight, gram) == pytest.approx(
