@@ -76,8 +76,10 @@ def test_a_second_start_ends_an_export_on_a_full_disk(
 ) -> None:
     """It is full at every place in turn; the record in the pruned checkpoint is there once."""
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w4a16-32")
+    name = "out"
     like: tuple[object, ...] = ()
     if to == "gguf":
+        name = "out.gguf"
         like = ("--converter", converter.__file__)
         monkeypatch.setattr(template, "_convert", converter.called)
     after, code = 0, 2
@@ -85,14 +87,14 @@ def test_a_second_start_ends_an_export_on_a_full_disk(
         after += 1
         with full_disk(after):
             code, _, stderr = run(
-                "export", directory, "--to", to, "--out", tmp_path / "out.gguf", *like
+                "export", directory, "--to", to, "--out", tmp_path / name, *like
             )
         if code == 2:
             assert "is full; make room and run the same command again" in stderr
-            assert not (tmp_path / "out.gguf").exists()
+            assert not (tmp_path / name).exists()
     assert (code, [export.name for export in read_results(directory).exports]) == (
         0,
-        ["out.gguf"],
+        [name],
     )
 
 
