@@ -18,6 +18,7 @@ from unittest.mock import Mock
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -505,6 +506,15 @@ def test_a_wrong_key_is_refused(url: str) -> None:
             httpx.head(f"{url}/models/{model.id}", headers=HEADERS).status_code == 200
         )
     assert health(url)["status"] == "ok"
+
+
+def test_the_program_of_templates_runs_before_the_first_conversation(
+    packed: Path,
+) -> None:
+    """Its start takes a second, in which nothing is decoded."""
+    with serving(packed, "--quiet") as (process, _):
+        commands = [child.cmdline() for child in psutil.Process(process.pid).children()]
+    assert [Path(command[2]).name for command in commands] == ["chat_renderer.py"]
 
 
 def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import resource
 import socket
+import sys
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sparsellm.errors import one_line
+from sparsellm.serving.protocol import error_body
 
 REQUEST_SECONDS = 20.0  # from the first byte of a request to its last
 MOST_CONNECTIONS = 100
@@ -59,6 +64,32 @@ class Connection(H11Protocol):
             self._late.cancel()
         elif self._late.cancelled() and not self.transport.is_closing():
             self._await_client()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP as the other refusals, with the reason that h11 gives, and closes."""
+        why = sys.exception()
+        status = HTTPStatus.BAD_REQUEST
+        if isinstance(why, h11.RemoteProtocolError):
+            # after this h11 repeats the line, which may be long and hold the key
+            reason = str(why).partition(": bytearray(")[0]
+            msg = f"the request is not valid HTTP: {reason}"
+            # h11's others, such as 501 for an unknown encoding, blame the server
+            if why.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+                status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error_body(msg, "invalid_request_error")).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            head = h11.Response(
+                status_code=status, headers=headers, reason=status.phrase
+            )
+            for part in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part) or b"")
+        # else the answer has begun, and cannot become another
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._late.cancel()

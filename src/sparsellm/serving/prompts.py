@@ -28,7 +28,8 @@ def open_model(
     tokenizer = load_tokenizer(directory)  # first: weights take longer
     if template:
         check_template(tokenizer)
-        prepare()
+    if tokenizer.chat_template:
+        prepare()  # else the first conversation keeps all answers waiting for a second
     model = load(directory, **options)
     generation_settings(model, Sampling(temperature=None))
     return model, tokenizer

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsellm.errors import shown
+from sparsellm.errors import DataError, ModelError, shown
 from sparsellm.serving.prompts import Message, chat_ids
 from sparsellm.serving.worker import Job
 from sparsepack.arguments import MOST, check, check_choice, refuse
@@ -58,12 +60,35 @@ _SAMPLED = {
 }
 
 
+class FieldError(SettingError):
+    """A field of a request has a value that is refused.
+
+    Attributes:
+        field: its name.
+    """
+
+    def __init__(self, field: str, message: object) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@contextmanager
+def blamed_on(field: str) -> Iterator[None]:
+    """A mistake of the client that is noticed here becomes a FieldError of this field."""
+    try:
+        yield
+    except (SettingError, DataError, ModelError) as error:
+        raise FieldError(field, error) from None
+
+
 class Asked(Job):
-    """A job that a client asks for, and the JSON objects that answer it. A SettingError names what it has that is
-    refused.
+    """A job that a client asks for, and the JSON objects that answer it. A SettingError says what it has that is
+    refused; it is a FieldError if that is a field.
 
     Attributes:
         model: the name of the model that is asked for.
+        prompt_field: the field that has the prompt.
+        limit_field: the field that has the most tokens of the answer.
         counts: whether the numbers of tokens come after the last piece.
     """
 
@@ -74,24 +99,27 @@ class Asked(Job):
             raise SettingError(f"the body is not JSON: {error}") from None
         given = _supported("the body", values)
         self._chat = chat
-        if chat:
-            self._prompt: Any = _messages(given.get("messages"))
-        else:
-            self._prompt = given.get("prompt")
-            if isinstance(self._prompt, list) and len(self._prompt) == 1:
-                (self._prompt,) = self._prompt
-            check_text("prompt", self._prompt)
+        self.prompt_field = "messages" if chat else "prompt"
+        with blamed_on(self.prompt_field):
+            self._prompt = _prompt(given.get(self.prompt_field), chat=chat)
         limit = None
+        self.limit_field = "max_tokens"
         for name in ("max_tokens", "max_completion_tokens"):  # the newer name counts
             if name in given:
                 limit = given[name]
-                check(name, limit, int, least=1, most=MOST)
+                self.limit_field = name
+                with blamed_on(name):
+                    check(name, limit, int, least=1, most=MOST)
         streams = given.get("stream", False)
-        check("stream", streams, bool)
-        options = _supported("stream_options", given.get("stream_options", {}))
-        self.counts = options.get("include_usage", False)
-        check("include_usage", self.counts, bool)
+        with blamed_on("stream"):
+            check("stream", streams, bool)
+        with blamed_on("stream_options"):
+            options = _supported("stream_options", given.get("stream_options", {}))
+            self.counts = options.get("include_usage", False)
+            check("include_usage", self.counts, bool)
         self.model = given.get("model", served)
+        with blamed_on("model"):
+            check("model", self.model, str)
         number = secrets.token_hex(12)
         self._head = {
             "id": f"chatcmpl-{number}" if chat else f"cmpl-{number}",
@@ -140,8 +168,8 @@ def _supported(name: str, values: Any) -> dict[str, Any]:
     given = {key: value for key, value in values.items() if value is not None}
     for key in given.keys() & _UNSUPPORTED:
         if not _changes_nothing(key, given[key]):
-            raise SettingError(
-                f"{key} is {shown(given[key])}, which this server does not support"
+            raise FieldError(
+                key, f"{key} is {shown(given[key])}, which this server does not support"
             )
     return given
 
@@ -155,17 +183,29 @@ def _changes_nothing(name: str, value: object) -> bool:
 
 
 def _sampling(given: dict[str, Any]) -> Sampling:
-    asked = {name: given[name] for name in given.keys() & _SAMPLED}
+    asked = {name: value for name, value in given.items() if name in _SAMPLED}
     if asked.get("top_k") == -1:  # user interfaces ask for all tokens so
         asked["top_k"] = 0
     if isinstance(asked.get("stop"), str):
         asked["stop"] = [asked["stop"]]
+    for name, value in asked.items():
+        with blamed_on(name):
+            # OpenAI's limits are narrower
+            if name in ("temperature", "frequency_penalty", "presence_penalty"):
+                check(name, value, float, least=-2, most=2)
+            Sampling(**{name: value})
     seed = secrets.randbits(63)
-    sampling = Sampling(**{"temperature": None, "seed": seed, **asked})
-    # OpenAI's limits are narrower
-    for name in ("temperature", "frequency_penalty", "presence_penalty"):
-        check(name, asked.get(name, 0), float, least=-2, most=2)
-    return sampling
+    return Sampling(**{"temperature": None, "seed": seed, **asked})
+
+
+def _prompt(given: Any, *, chat: bool) -> Any:
+    """The messages of a conversation, or a text, which may stand alone in a list."""
+    if chat:
+        return _messages(given)
+    if isinstance(given, list) and len(given) == 1:
+        (given,) = given
+    check_text("prompt", given)
+    return given
 
 
 def _messages(messages: Any) -> list[Message]:
@@ -199,6 +239,13 @@ def _joined(name: str, parts: list[Any]) -> str:
             refuse(name, parts, "text")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def error_body(
+    message: str, kind: str, *, field: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
 def _usage(result: Generation) -> dict[str, int]:

@@ -27,10 +27,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from sparsellm import interrupts
-from sparsellm.errors import DataError, ModelError, RecipeError, shown
+from sparsellm.errors import ModelError, RecipeError, shown
 from sparsellm.serving.connections import BACKLOG, Connection, one_line_handler
 from sparsellm.serving.prompts import open_model
-from sparsellm.serving.protocol import Asked
+from sparsellm.serving.protocol import Asked, FieldError, blamed_on, error_body
 from sparsellm.serving.worker import UnavailableError, Worker
 from sparsepack.decode import decodes
 from sparsepack.errors import SettingError, UserError
@@ -43,16 +43,20 @@ JSON = "application/json"
 _STARTED = int(time.time())
 GRACE = 5.0  # seconds that a running request has to end when the server stops
 # what a client gets for our errors; others are 500
-_STATUS = {DataError: 400, ModelError: 400, SettingError: 400, UnavailableError: 503}
+_STATUS = {FieldError: 400, SettingError: 400, UnavailableError: 503}
+_COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 
 
 @dataclass(frozen=True)
 class _Refused(Exception):  # noqa: N818 - it is an answer, and no mistake of ours
-    """A request that is refused: the status, what the client is told, and OpenAI's code of it, if it has one."""
+    """A request that is refused: the status and what the client is told. If there are any, OpenAI's code of it, the
+    field that is wrong, and the methods that are right."""
 
     status: int
     message: str
     code: str | None = None
+    field: str | None = None
+    allowed: str | None = None
 
 
 class ServerSettings(BaseModel):
@@ -268,27 +272,30 @@ class Application:
                 413, f"the body is too large; at most {self.most} bytes are read"
             )
         path = request.scope["path"]
-        if request.method == "POST":
-            if path in ("/v1/chat/completions", "/v1/completions"):
-                # what a web page may send without asking has another type
-                if not request.headers.get("content-type", "").startswith(JSON):
-                    raise SettingError(f"the body has no Content-Type: {JSON}")
-                return await self._made(Asked(body, self.name, chat="chat" in path))
-        elif request.method in ("GET", "HEAD"):
-            card = {
-                "id": self.name,
-                "object": "model",
-                "created": _STARTED,
-                "owned_by": "sparsellm",
-            }
-            if path == "/health":
-                return JSONResponse({"model": self.name, **self.worker.state()})
-            if path == "/v1/models":
-                return JSONResponse({"object": "list", "data": [card]})
-            if path.startswith("/v1/models/"):
-                self._check_name(path.removeprefix("/v1/models/"))
-                return JSONResponse(card)
-        raise _Refused(404, "Not Found")
+        if path in _COMPLETIONS:
+            _check_method(request.method, "POST")
+            # what a web page may send without asking has another type
+            kind = request.headers.get("content-type", "").lower()
+            if not kind.startswith(JSON):
+                raise SettingError(f"the body has no Content-Type: {JSON}")
+            return await self._made(Asked(body, self.name, chat="chat" in path))
+        card = {
+            "id": self.name,
+            "object": "model",
+            "created": _STARTED,
+            "owned_by": "sparsellm",
+        }
+        answer: dict[str, Any] = card
+        if path == "/health":
+            answer = {"model": self.name, **self.worker.state()}
+        elif path == "/v1/models":
+            answer = {"object": "list", "data": [card]}
+        elif path.startswith("/v1/models/"):
+            self._check_name(path.removeprefix("/v1/models/"))
+        else:
+            raise _Refused(404, "Not Found")
+        _check_method(request.method, "GET", "HEAD")
+        return JSONResponse(answer)
 
     def _check_name(self, asked: object) -> None:
         if asked != self.name:
@@ -296,16 +303,19 @@ class Application:
                 404,
                 f"model is {shown(asked)}; this server has {self.name!r}",
                 code="model_not_found",
+                field="model",
             )
 
     async def _made(self, asked: Asked) -> Response:
         self._check_name(asked.model)
-        self.worker.submit(asked)
+        with blamed_on(asked.limit_field):
+            self.worker.submit(asked)
         task = asyncio.current_task()
         assert task is not None
         task.add_done_callback(lambda _: self.worker.cancel(asked))
         # what the prompt is refused for comes before a stream begins
-        event = await asked.event()
+        with blamed_on(asked.prompt_field):
+            event = await asked.event()
         if isinstance(event, Generation) and not asked.streams:
             return JSONResponse(asked.whole(event))
         return StreamingResponse(_stream(asked, event), media_type="text/event-stream")
@@ -330,7 +340,7 @@ async def _stream(asked: Asked, event: str | Generation) -> AsyncIterator[str]:
             yield _sent(asked.totals(event))
         yield "data: [DONE]\n\n"
     except UserError as failed:
-        yield _sent(_error(str(failed), "server_error"))
+        yield _sent(error_body(str(failed), "server_error"))
 
 
 def _sent(content: dict[str, Any]) -> str:
@@ -339,20 +349,30 @@ def _sent(content: dict[str, Any]) -> str:
 
 def _refusal(failed: _Refused | UserError) -> Response:
     if isinstance(failed, UserError):
-        failed = _Refused(_STATUS.get(type(failed), 500), str(failed))
+        field = failed.field if isinstance(failed, FieldError) else None
+        status = _STATUS.get(type(failed), 500)
+        failed = _Refused(status, str(failed), field=field)
     kind = "invalid_request_error"
     if failed.status >= 500:
         kind = "server_error"
     headers = {}
     if failed.status == 503:
         headers["Retry-After"] = "1"
-    error = _error(failed.message, kind, failed.code)
+    if failed.allowed is not None:
+        headers["Allow"] = failed.allowed
+    error = error_body(failed.message, kind, field=failed.field, code=failed.code)
     return JSONResponse(error, failed.status, headers)
 
 
-def _error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def _check_method(method: str, *allowed: str) -> None:
+    if method not in allowed:
+        right = ", ".join(allowed)
+        raise _Refused(
+            405,
+            f"the method is {shown(method)}; this path takes {right}",
+            code="method_not_supported",
+            allowed=right,
+        )
 
 
 def _is_local(host: str) -> bool:
