@@ -9,8 +9,9 @@ blocks, or the result says which matrices keep it from that; if plain transforme
 missing or unexpected weight, under the names that it had; and if, at sparsity 0, its logits are those of the dense
 model, bit for bit. Parameters that a run refuses to leave dense are accepted as it says, and listed.
 
-Prints the table, and writes it into ``--out``. Each type has a process of its own. Exit code 1 if a run of any type
-fails otherwise than by an error of sparsellm, or its result is wrong.
+Prints the table. ``--out`` gets a page with the types of each result, and ``data/families.csv`` next to it the reason
+of each type. Each type has a process of its own. Exit code 1 if a run of any type fails otherwise than by an error of
+sparsellm, or its result is wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import csv
 import itertools
 import multiprocessing
 import os
@@ -219,9 +221,9 @@ def main() -> None:
     done.sort(key=lambda tried: tried.kind)
     print(f"\n{summary(done)}")
     if arguments.out is not None:
-        arguments.out.write_text(
-            f"{PAGE.format(summary=summary(done))}\n{grouped(done)}\n"
-        )
+        page = f"{PAGE.format(summary=summary(done))}\n{grouped(done)}\n"
+        arguments.out.write_text(page)
+        write_reasons(done, arguments.out.parent / "data" / "families.csv")
     if any(tried.result in (DIED, FAILS, WRONG) for tried in done):
         raise SystemExit(1)
 
@@ -231,42 +233,53 @@ PAGE = """# Families
 {summary}
 
 Every type of causal language model in transformers is built as a tiny random model from its default config, saved,
-and pruned from its directory by `sparsegpt` (50 %), `sparsellm` (60 %, efforts 0 and 1), `wanda` (2:4), and at
-sparsity 0. *Right*: the sparsity is reached, plain transformers reads the checkpoint again under the names it had,
-and at sparsity 0 the logits are those of the dense model, bit for bit. Matrices that stay dense are named with the
-reason: *gate*, a router or gate; *small*, at most 2 % of its block; *allowed dense*, more than that, accepted by
-`--set allow_dense`. A percentage is the sparsity over all matrices of the blocks at 50 %, if below 49.5 %. *In part*:
-`sparsellm` refuses the type, the local methods prune it. *Refused*: an error of one line before the work.
-Printed by `benchmarks/families.py`.
+and pruned by `sparsegpt` (50 %), `sparsellm` (60 %, efforts 0 and 1), `wanda` (2:4), and at sparsity 0.
+
+* *Right*: the sparsity is reached, plain transformers reads the checkpoint under the names it had, and at sparsity 0
+  the logits are those of the dense model, bit for bit.
+* *Some dense*: matrices stay dense, each a *gate*, *small* (at most 2 % of its block), or *allowed dense* by
+  `--set allow_dense`. In brackets: the sparsity over all matrices of the blocks at 50 %, if below 49.5 %.
+* *In part*: `sparsellm` refuses the type, the local methods prune it.
+* *Refused*: an error of one line before the work.
+* *Not built*: transformers does not build, save or read a small model of the type.
+
+[families.csv](data/families.csv) has each type's reason. Printed by `benchmarks/families.py`.
 """
 
 
+def sparsity(tried: Tried) -> str:
+    """The sparsity over all matrices of the blocks in per cent, if it is below what was asked for."""
+    percent = next(iter(tried.cells.values()), "").removeprefix("✓").strip()
+    number = percent.removesuffix("%")
+    is_low = number.replace(".", "").isdigit() and float(number) < 49.5
+    return number if is_low else ""
+
+
 def grouped(done: Sequence[Tried]) -> str:
-    """The table: a row for all types with one result and one reason."""
-    rows: dict[tuple[str, str], list[str]] = {}
+    """The table: a row for all types with one result."""
+    rows: dict[str, list[str]] = {}
     for tried in done:
-        percent = (
-            next(iter(tried.cells.values()), "")
-            .removeprefix("✓")
-            .strip()
-            .removesuffix("%")
-        )
-        low = (
-            f" ({percent} %)"
-            if percent.replace(".", "").isdigit() and float(percent) < 49.5
-            else ""
-        )
-        rows.setdefault((tried.result, tried.short_reason()), []).append(
-            tried.kind + low
-        )
-    ordered = sorted(
-        rows.items(), key=lambda row: (ORDER.index(row[0][0]), -len(row[1]))
-    )
+        low = sparsity(tried)
+        name = f"{tried.kind} ({low} %)" if low else tried.kind
+        rows.setdefault(tried.result, []).append(name)
     lines = [
-        f"| {result} | {', '.join(types)} | {reason} |"
-        for (result, reason), types in ordered
+        f"| {result} | {', '.join(rows[result])} |"
+        for result in ORDER
+        if result in rows
     ]
-    return "\n".join(["| result | types | why |", "|---|---|---|", *lines])
+    return "\n".join(["| result | types |", "|---|---|", *lines])
+
+
+def write_reasons(done: Sequence[Tried], path: Path) -> None:
+    """Writes a row for each type: its result, its sparsity if that is low, and the reason."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["type", "result", "sparsity at 50 %", "why"])
+        for tried in done:
+            writer.writerow(
+                [tried.kind, tried.result, sparsity(tried), tried.short_reason()]
+            )
 
 
 def summary(done: Sequence[Tried]) -> str:
