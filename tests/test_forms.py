@@ -142,6 +142,21 @@ def test_an_impossible_size_names_the_least() -> None:
     assert least.bits_per_weight == 4.5
 
 
+def test_bits_beyond_the_largest_forms_name_the_most() -> None:
+    with pytest.raises(RecipeError, match=r"8.6 are too large .* most 8.5 are possi"):
+        sized(wide(), "llama.cpp", 8.6)
+    most = sized(wide(), "llama.cpp", 8.58)
+    assert most.bits_per_weight == 8.5
+
+
+@pytest.mark.parametrize("weights", [3, 7 * 10**3, 10**7 + 19, 10**11 + 3])
+def test_bits_of_a_size_stand_for_all_its_bytes(weights: int) -> None:
+    """Also where the quotient was rounded down."""
+    sizes = [weights + number * (weights // 977 + 1) for number in range(900)]
+    for size in sizes:
+        assert forms._bytes_at(forms.bits_in(size, weights), weights) == size
+
+
 def test_a_linear_without_a_form_is_named() -> None:
     with pytest.raises(RecipeError, match=r"h\.0\.attn\.c_attn has 48 inputs, for"):
         sized(tiny_gpt2(), "llama.cpp", 6.0)

@@ -30,6 +30,7 @@ from sparsellm.files.files import replace_atomically
 from sparsellm.files.named import is_gguf
 from sparsellm.files.resolve import checkpoint_directory, config_place
 from sparsellm.inputs import parse_bytes
+from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.model import Chain, open_chain
 from sparsellm.model.heads import heads_of, outer_matrices
 from sparsellm.progress import ProgressCallback, ignore
@@ -38,8 +39,15 @@ from sparsellm.records import PRUNING, Evaluation, Pruning
 from sparsellm.report.document import REPORT, check_page, write_report
 from sparsellm.run.choice import sizes_of
 from sparsellm.run.fewer_experts import clean_up
-from sparsellm.run.form_choice import byte_range, check_size
-from sparsellm.run.head_forms import least_bytes
+from sparsellm.run.form_choice import (
+    bits_in,
+    byte_range,
+    check_forms,
+    check_size,
+    most_asked,
+    too_large,
+)
+from sparsellm.run.head_forms import least_bytes, most_bytes
 from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
 from sparsellm.run.smallest_size import Q4_K_M
@@ -147,8 +155,8 @@ def compress(  # noqa: PLR0913 - the Python door
         overwrite, restart, progress: as in ``sparsellm.prune``.
 
     Raises:
-        SparseLLMError: a subclass that names the cause: no size or two, one below the least possible, a model or a
-            place that does not fit. All is checked before the work.
+        SparseLLMError: a subclass that names the cause: no size or two, one that no forms have, a model or a place
+            that does not fit. All is checked before the work.
     """
     order = ordered(
         model,
@@ -347,6 +355,9 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     if program != "transformers":
         source = checkpoint_directory(str(model))
         chain = open_chain(source, device=torch.device("cpu"))
+        if settled.experts is not None:
+            chain = FewerExperts(chain, settled.experts).chain
+        check_forms(program, chain, settled)
         metadata = 0
         if script is not None:
             # refuses a model that it does not convert, before the work
@@ -362,10 +373,12 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
             else:
                 heads = set()
                 others = _other_bytes(program, chain, linears, source)
-            room = asked - others
-            _check_room(asked, program, chain, settled, others, sized_heads=bool(heads))
+            room = _room(
+                asked, program, chain, settled, others, sized_heads=bool(heads)
+            )
             if not heads:
-                bits = _bits_within(room, chain, settled)
+                weights = sum(size.weights for size in sizes_of(chain, settled))
+                bits = min(MOST_BITS, bits_in(room, weights))
                 room = None
         settled = settled.updated(
             bits=bits, size=room, divergence=divergence, program=program
@@ -520,7 +533,7 @@ def _heads_in(chain: Chain, template: Path | None) -> set[str]:
     return heads if known else set()
 
 
-def _check_room(
+def _room(
     size: int,
     program: ProgramName,
     chain: Chain,
@@ -528,14 +541,17 @@ def _check_room(
     others: int,
     *,
     sized_heads: bool,
-) -> None:
-    """Raises RecipeError if no forms leave room for all else, ``others``, in ``size`` bytes. Where ``sized_heads``,
-    embedding and head have forms too."""
-    least, _ = byte_range(program, [x.shape for x in sizes_of(chain, recipe)])
+) -> int:
+    """The bytes for all that has forms, beside ``others`` in ``size`` bytes: linears, and where ``sized_heads`` also
+    embedding and head. No more than their largest forms make use of. Raises RecipeError if no forms have the size."""
+    least, most = byte_range(program, [x.shape for x in sizes_of(chain, recipe)])
     if sized_heads:
         least += least_bytes(chain)
+        most += most_bytes(chain)
+    if size > most_asked(others + most):
+        raise too_large(f"size {_mb(size)} is", program, _mb(others + most))
     if others + least <= size:
-        return
+        return min(size - others, most_asked(most))
     what = "embedding, head and all else but the linears"
     if sized_heads:
         what = "all else but linears, embedding and head"
@@ -543,12 +559,6 @@ def _check_room(
         f"size {_mb(size)} is too small for {program}: at least {_mb(others + least)} are possible, of which "
         f"{_mb(others)} are {what}"
     )
-
-
-def _bits_within(room: int, chain: Chain, recipe: Recipe) -> float:
-    """Bits of a weight of the linears to prune, in ``room`` bytes."""
-    weights = sum(size.weights for size in sizes_of(chain, recipe))
-    return min(MOST_BITS, 8 * room / weights)
 
 
 def bytes_of(place: Path) -> int:
@@ -559,6 +569,8 @@ def bytes_of(place: Path) -> int:
 
 
 def _mb(size: int) -> str:
-    if size < 1e5:
-        return f"{size / 1e3:,.1f} kB"
-    return f"{size / 1e6:,.1f} MB"
+    """A size as text, rounded up: the least size that is possible, or all of the largest, if it is given as it is
+    read."""
+    if size < 1e7:
+        return f"{math.ceil(size / 100) / 10:,.1f} kB"
+    return f"{math.ceil(size / 1e5) / 10:,.1f} MB"

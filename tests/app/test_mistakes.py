@@ -146,6 +146,14 @@ MISTAKES = [
         "compress model --for sparsellm --size 1KB --out s",
         "size 1.0 kB is too small for",
     ),
+    (
+        "compress model --for sparsellm --size 40GB --out s",
+        "size 40,000.0 MB is too large for sparsellm: at most",
+    ),
+    (
+        "compress model --for sparsellm --bits 15.9 --out s",
+        "are possible; give at most that, or keep the model as it is, without rounding",
+    ),
     ("compress model --for sparsellm --bits 4bit --out s", "write 4, without a unit"),
     ("compress model --for sparsellm --bits 4,5 --out s", "write 4.5, with a point"),
     ("compress model --values int4 --out s", "--values; it belongs to prune"),

@@ -247,7 +247,7 @@ def test_the_smallest_size_has_types_of_embedding_and_head_too(tmp_path: Path) -
     assert bits[3e-2] < bits[3e-4]
 
 
-def test_a_size_that_is_too_small_or_of_a_model_in_memory_is_refused(
+def test_a_size_that_is_impossible_or_of_a_model_in_memory_is_refused(
     tmp_path: Path,
 ) -> None:
     model = wide(tied=False)
@@ -258,6 +258,17 @@ def test_a_size_that_is_too_small_or_of_a_model_in_memory_is_refused(
         sparsellm.prune(
             dense,
             Recipe(**FIELDS, size=100),
+            calibration=windows(12),
+            out=tmp_path / "out",
+        )
+    # 34 bytes for 32 weights
+    matrices = sum(x.numel() for x in model.parameters() if x.ndim == 2)
+    most = matrices * 34 // 32
+    said = f"size {2 * most} is too large .* at most {most} bytes are possible"
+    with pytest.raises(RecipeError, match=said):
+        sparsellm.prune(
+            dense,
+            Recipe(**FIELDS, size=2 * most),
             calibration=windows(12),
             out=tmp_path / "out",
         )

@@ -49,6 +49,7 @@ from sparsellm.run.head_forms import (
     between_sizes,
     least_bytes,
     measure_heads,
+    most_bytes,
     smallest_heads,
     some_sizes,
     with_rest,
@@ -110,17 +111,60 @@ def byte_range(program: str, shapes: Sequence[tuple[int, int]]) -> tuple[int, in
     return least, most
 
 
-def check_size(chain: Chain, recipe: Recipe) -> None:
-    """Refuses a size that no forms of its program have, a linear without a form, and experts in the packed format,
-    where they stay dense. Raises RecipeError."""
-    if recipe.program is None:
-        return
+def most_asked(most: int) -> int:
+    """The largest size that may be asked for where the largest forms take ``most`` bytes: what is written has to be
+    within a hundredth of it."""
+    return most + most // 100
+
+
+def too_large(asked: str, program: str, most: str) -> RecipeError:
+    """The error for a size beyond the largest forms of a program. A run would end far below it."""
+    return RecipeError(
+        f"{asked} too large for {program}: at most {most} are possible; give at most that, or keep the model as it is, "
+        "without rounding"
+    )
+
+
+def _check_bits(program: str, bits: float, sizes: Sequence[LinearSize]) -> None:
+    """Refuses bits of a weight that no forms of a program have. Raises RecipeError."""
+    least, most = byte_range(program, [size.shape for size in sizes])
+    weights = sum(size.weights for size in sizes)
+    if 8 * least > bits * weights:
+        raise RecipeError(
+            f"bits {bits:g} are too few for {program}; at least {_rounded_up(8 * least / weights)} are possible"
+        )
+    if bits > bits_in(most_asked(most), weights):
+        raise too_large(
+            f"bits {bits:g} are", program, f"{_rounded_up(bits_in(most, weights))}"
+        )
+
+
+def _check_bytes(program: str, size: int, chain: Chain, recipe: Recipe) -> None:
+    """Refuses bytes of linears, embedding and head together that no forms of a program have. Raises RecipeError."""
+    if chain.reader is None:
+        raise RecipeError(
+            f"size {size} counts embedding and head, which are rounded in a checkpoint; give the model by its directory"
+        )
+    least, most = byte_range(program, [x.shape for x in sizes_of(chain, recipe)])
+    least += least_bytes(chain)
+    most += most_bytes(chain)
+    if least > size:
+        raise RecipeError(
+            f"size {size} is too few bytes for {program}; at least {least} are possible"
+        )
+    if size > most_asked(most):
+        raise too_large(f"size {size} is", program, f"{most} bytes")
+
+
+def check_forms(program: str, chain: Chain, recipe: Recipe) -> None:
+    """Refuses a linear without a form of a program, and experts in the packed format, where they stay dense. Raises
+    RecipeError."""
     sizes = sizes_of(chain, recipe)
     names = {size.name for size in sizes}
     for index in range(len(chain)):
         for linear in chain.linears(index):
             if (
-                recipe.program == OWN
+                program == OWN
                 and linear.name in names
                 and isinstance(linear.module, ExpertLinear)
             ):
@@ -129,31 +173,31 @@ def check_size(chain: Chain, recipe: Recipe) -> None:
                     "experts out (exclude)"
                 )
     for size in sizes:
-        if not forms_for(recipe.program, size.shape[1]):
+        if not forms_for(program, size.shape[1]):
             raise RecipeError(
-                f"{size.name} has {size.shape[1]} inputs, for which {recipe.program} has no form; leave it out "
-                "(exclude)"
+                f"{size.name} has {size.shape[1]} inputs, for which {program} has no form; leave it out (exclude)"
             )
-    least, _ = byte_range(recipe.program, [size.shape for size in sizes])
-    if recipe.size is not None:
-        if chain.reader is None:
-            raise RecipeError(
-                f"size {recipe.size} counts embedding and head, which are rounded in a checkpoint; give the model by "
-                "its directory"
-            )
-        least += least_bytes(chain)
-        if least > recipe.size:
-            raise RecipeError(
-                f"size {recipe.size} is too few bytes for {recipe.program}; at least {least} are possible"
-            )
-    if recipe.bits is None:
+
+
+def check_size(chain: Chain, recipe: Recipe) -> None:
+    """Refuses a size that no forms of its program have, and what ``check_forms`` does. Raises RecipeError."""
+    if recipe.program is None:
         return
-    weights = sum(size.weights for size in sizes)
-    if 8 * least > recipe.bits * weights:
-        raise RecipeError(
-            f"bits {recipe.bits:g} are too few for {recipe.program}; at least {_rounded_up(8 * least / weights)} are "
-            "possible"
-        )
+    check_forms(recipe.program, chain, recipe)
+    if recipe.size is not None:
+        _check_bytes(recipe.program, recipe.size, chain, recipe)
+    if recipe.bits is not None:
+        _check_bits(recipe.program, recipe.bits, sizes_of(chain, recipe))
+
+
+def bits_in(size: int, weights: int) -> float:
+    """Bits of a weight where all take ``size`` bytes."""
+    return 8 * size / weights
+
+
+def _bytes_at(bits: float, weights: int) -> int:
+    """The bytes of weights with these bits each: those that ``bits_in`` was given, though it rounds."""
+    return math.floor(bits * weights / 8 + 1e-3)
 
 
 def _rounded_up(bits: float) -> float:
@@ -251,7 +295,7 @@ def choose_forms(
                 recipe.size,
             )
         heads = chosen.forms
-        bits = 8 * chosen.room / weights
+        bits = bits_in(chosen.room, weights)
     elif bits is None:
         with clock.phase("size"):
             smallest_one = _smallest_size(
@@ -260,7 +304,7 @@ def choose_forms(
         bits = smallest_one.bits
         heads = smallest_one.heads
         compared += smallest_one.compared
-    total = bits * weights / 8
+    total = _bytes_at(bits, weights)
     candidates = [
         mixtures.by_linear(bits),
         *uniform_forms(sizes, tables, zeros, total),
@@ -283,7 +327,7 @@ def choose_forms(
         "seconds": {name: round(took, 1) for name, took in clock.seconds.items()},
     }
     if heads:
-        unused = math.floor(total) - candidates[best].bytes(sizes)
+        unused = total - candidates[best].bytes(sizes)
         heads = with_rest(heads, tables_of_heads, unused)
         report["heads"] = {key: form.values for key, form in heads.items()}
     forms = candidates[best].forms
@@ -306,7 +350,7 @@ class Mixtures:
 
     def by_linear(self, bits: float) -> Candidate:
         """Each linear gets the bytes that `threshold` gives it."""
-        total = bits * sum(self.weights.values()) / 8
+        total = _bytes_at(bits, sum(self.weights.values()))
         budgets = bytes_of_threshold(self.weights, self.sparsities, total)
         return Candidate(BY_LINEAR, _by_unit(self.units, self.tables, budgets, total))
 

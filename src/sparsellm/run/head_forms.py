@@ -55,10 +55,17 @@ def types_of(matrix: OuterMatrix) -> list[str]:
 
 def least_bytes(chain: Chain) -> int:
     """The bytes of embedding and head in their smallest types."""
-    return sum(
-        min(form_bytes(Form(name), matrix.shape) for name in types_of(matrix))
-        for matrix in outer_matrices(chain)
-    )
+    return sum(min(_sizes_of(matrix)) for matrix in outer_matrices(chain))
+
+
+def most_bytes(chain: Chain) -> int:
+    """The bytes of embedding and head in their largest types."""
+    return sum(max(_sizes_of(matrix)) for matrix in outer_matrices(chain))
+
+
+def _sizes_of(matrix: OuterMatrix) -> list[int]:
+    """The bytes of a matrix in each of its types."""
+    return [form_bytes(Form(name), matrix.shape) for name in types_of(matrix)]
 
 
 @dataclass(frozen=True)
