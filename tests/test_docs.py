@@ -148,7 +148,8 @@ def test_every_command_of_a_page_runs(
                     names,
                 )
             continue
-        words = shlex.split(line)[1:]
+        # no form of the tiny model is that large
+        words = shlex.split(line.replace("--size 4GB", "--size auto"))[1:]
         if "--out" in words:  # pages use the same name again and again
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         code, _, stderr = run(*words, *SMALL.get(words[0], "").split())
