@@ -288,6 +288,38 @@ def test_the_same_call_goes_on_from_a_complete_run(
         assert compress(home, out, program="sparsellm", bits=4.5).path == out
 
 
+def test_a_complete_run_that_removed_experts_is_known_again(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(mixtral(num_hidden_layers=1), tiny_tokenizer(), tmp_path / "dense")
+    recipe = {**SETTINGS, "calibration": str(home / "text.txt"), "experts": 2}
+
+    def again(**changes: Any) -> sparsellm.CompressResult:
+        return sparsellm.compress(
+            tmp_path / "dense",
+            {**recipe, **changes},
+            program="vllm",
+            out=tmp_path / "out",
+            bits=6.0,
+        )
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(programs, "export", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again()
+    assert not (tmp_path / "out-pruned-experts").exists()
+    # neither with other experts nor with other settings of the run
+    for changes in ({"experts": 3}, {"expert_refit": False}, {"effort": 1}):
+        with pytest.raises(SparseLLMError, match="out-pruned"):
+            again(**changes)
+    with monkeypatch.context() as once:
+        once.setattr(programs, "prune", lambda *_, **__: 1 / 0)
+        result = again()
+    assert [len(mixture.kept) for mixture in result.run.experts] == [2]
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
+    logits(tmp_path / "out")
+
+
 def test_a_stop_after_the_result_was_written_loses_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

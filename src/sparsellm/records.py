@@ -317,6 +317,8 @@ class RunRecord(Record):
     # a record for each mixture, if experts were removed
     experts: list[ExpertsOfBlock] = []
     identity: Settings = {}  # everything that the bits of the result depend on
+    # how a complete run that removed experts is known again, without the smaller model; empty if it removed none
+    removal: Settings = {}
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -103,7 +103,7 @@ def test_an_unfinished_demo_begins_anew_in_its_place(
     # llama.cpp decodes no model as small as this
     monkeypatch.setattr(demo, "find_spec", lambda _: None)
     out = tmp_path / "p"
-    size = 2_300_000  # most of it for the report
+    size = 2_230_000  # most of it for the report
     WorkingDirectory(tmp_path / "p-pruned", {"a": 1}).close()
     sized = ("demo", "--out", out, "--size", f"{size}B")
     assert "give --restart" in run(*sized, columns=1000, exits=2)[2]

@@ -42,7 +42,7 @@ from sparsellm.progress import (
     note,
 )
 from sparsellm.recipe import Recipe
-from sparsellm.records import ExpertsOfBlock, Prediction
+from sparsellm.records import ExpertsOfBlock, Prediction, Settings
 from sparsellm.run.budget import Budget
 from sparsellm.run.calibration import Windows, draw_calibration
 from sparsellm.run.choice import Choice, choice_for
@@ -93,6 +93,7 @@ class OpenedRemoval:
 class RemovalRecord:
     """What was removed, as the smaller model's directory says."""
 
+    identity: Settings
     experts: list[ExpertsOfBlock]
     seconds: dict[str, float]
     warnings: list[str]
@@ -101,7 +102,7 @@ class RemovalRecord:
     def of(cls, known: dict[str, Any]) -> RemovalRecord:
         """The record of the contents of the file."""
         experts = [ExpertsOfBlock.model_validate(entry) for entry in known["experts"]]
-        return cls(experts, known["seconds"], known["warnings"])
+        return cls(known["identity"], experts, known["seconds"], known["warnings"])
 
 
 def open_removal(
@@ -248,6 +249,20 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
         parallel.from_main(partial(_save, step, journal, kept))
     machine.trim()  # the run begins with what is left
     return place
+
+
+def removal_settings(step: Settings, recipe: Recipe) -> Settings:
+    """What tells a run that removes experts from others: the identity of the ``step`` that removes them, and the
+    settings of a recipe, as it was given."""
+    asked = Choice.of(recipe).settings(recipe)
+    return {"step": step, "asked": to_jsonable_python(asked)}
+
+
+def removal_of(request: Request, progress: ProgressCallback) -> Settings:
+    """The ``removal_settings`` of a request; errors as ``open_removal``."""
+    step = open_removal(request, PhaseClock(), progress)
+    identity = to_jsonable_python(asdict(step.identity))
+    return removal_settings(identity, request.recipe)
 
 
 def removal_before(recipe: Recipe, directory: Path | None) -> RemovalRecord | None:

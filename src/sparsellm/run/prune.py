@@ -25,6 +25,7 @@ from sparsellm.run.fewer_experts import (
     clean_up,
     open_removal,
     removal_before,
+    removal_of,
     remove_experts_of,
 )
 from sparsellm.run.held_out import HeldOutWindows
@@ -148,10 +149,14 @@ def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None
         return None
     # it is read, and not replaced
     there = replace(request, overwrite=True)
-    with machine.computing(device_of(request.model, request.recipe)):
-        _, _, decided = open_and_decide(there, PhaseClock(), progress)
     known = read_pruning(Path(request.out))
-    if known.identity != to_jsonable_python(asdict(decided.identity)):
+    with machine.computing(device_of(request.model, request.recipe)):
+        if request.recipe.experts is None:
+            _, _, decided = open_and_decide(there, PhaseClock(), progress)
+            alike = known.identity == to_jsonable_python(asdict(decided.identity))
+        else:
+            alike = known.removal == removal_of(there, progress)
+    if not alike:
         return None
     check_weights(Path(request.out))
     return known

@@ -16,7 +16,7 @@ from sparsellm.files.writer import CheckpointWriter, TensorSource
 from sparsellm.inputs import without_folders
 from sparsellm.method.allocation import HeadForm
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback
-from sparsellm.records import Base
+from sparsellm.records import Base, ExpertsOfBlock, Settings
 from sparsellm.report.card import CARD, base_of, card_text
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import (
@@ -29,7 +29,7 @@ from sparsellm.run.counts import (
 )
 from sparsellm.run.decided import Decided
 from sparsellm.run.estimate import checkpoint_bytes
-from sparsellm.run.fewer_experts import RemovalRecord
+from sparsellm.run.fewer_experts import RemovalRecord, removal_settings
 from sparsellm.run.head_forms import as_written
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import Models, save_companions
@@ -84,10 +84,14 @@ def result_of(
     if recipe.program is not None:  # the allocation chose it
         zeros = sum(linear.asked * linear.weights for linear in linears)
         asked = zeros / sum(linear.weights for linear in linears)
-    experts = [] if removed is None else removed.experts
-    warnings = [
-        *decided.warnings,
-        *([] if removed is None else removed.warnings),
+    experts: list[ExpertsOfBlock] = []
+    removal: Settings = {}
+    warnings = [*decided.warnings]
+    if removed is not None:
+        experts = removed.experts
+        removal = removal_settings(removed.identity, request.recipe)
+        warnings += removed.warnings
+    warnings += [
         *other_conditions([*finished]),
         *few_tokens(linears, recipe.min_tokens_per_expert),
         *rarely_chosen(experts),
@@ -123,6 +127,7 @@ def result_of(
         environment=environment(chain.device),
         experts=experts,
         identity=asdict(decided.identity),
+        removal=removal,
     )
 
 
