@@ -41,13 +41,12 @@ from sparsellm.run.choice import sizes_of
 from sparsellm.run.fewer_experts import clean_up
 from sparsellm.run.form_choice import (
     bits_in,
-    byte_range,
     check_forms,
     check_size,
     most_asked,
+    size_range,
     too_large,
 )
-from sparsellm.run.head_forms import least_bytes, most_bytes
 from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
 from sparsellm.run.smallest_size import Q4_K_M
@@ -542,15 +541,13 @@ def _room(
     *,
     sized_heads: bool,
 ) -> int:
-    """The bytes for all that has forms, beside ``others`` in ``size`` bytes: linears, and where ``sized_heads`` also
-    embedding and head. No more than their largest forms make use of. Raises RecipeError if no forms have the size."""
-    least, most = byte_range(program, [x.shape for x in sizes_of(chain, recipe)])
-    if sized_heads:
-        least += least_bytes(chain)
-        most += most_bytes(chain)
+    """Returns the bytes that forms may take in a result of ``size`` bytes, of which all else takes ``others``. Linears
+    have forms; if ``sized_heads``, embedding and head do too. Raises RecipeError if no forms have the size."""
+    least, most = size_range(program, chain, recipe, heads=sized_heads)
     if size > most_asked(others + most):
         raise too_large(f"size {_mb(size)} is", program, _mb(others + most))
     if others + least <= size:
+        # a hundredth of ``others`` may be more than the forms can use
         return min(size - others, most_asked(most))
     what = "embedding, head and all else but the linears"
     if sized_heads:
@@ -569,8 +566,7 @@ def bytes_of(place: Path) -> int:
 
 
 def _mb(size: int) -> str:
-    """A size as text, rounded up: the least size that is possible, or all of the largest, if it is given as it is
-    read."""
+    """A size as text. It is rounded up, so that the least possible size is accepted as an error writes it."""
     if size < 1e7:
         return f"{math.ceil(size / 100) / 10:,.1f} kB"
     return f"{math.ceil(size / 1e5) / 10:,.1f} MB"

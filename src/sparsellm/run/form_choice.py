@@ -77,6 +77,8 @@ GRAM_TOKENS = 4096
 CURVE_SIZES = 8  # sizes of all linears at which their divergence is measured, for a size with a divergence
 JUDGES = 1  # windows on which candidates are compared
 BY_LINEAR = "by linear"
+# A quotient that was rounded down stands for a size that is less than this part of a byte larger.
+ROUNDING = 1e-3
 
 Zeros = Callable[[float], Mapping[str, float]]
 """The sparsity of each linear by its name, from that of all."""
@@ -108,6 +110,19 @@ def byte_range(program: str, shapes: Sequence[tuple[int, int]]) -> tuple[int, in
         sizes = [form_bytes(form, shape) for form in forms_for(program, shape[1])]
         least += min(sizes, default=0)
         most += max(sizes, default=0)
+    return least, most
+
+
+def size_range(
+    program: str, chain: Chain, recipe: Recipe, *, heads: bool
+) -> tuple[int, int]:
+    """The bytes of the linears to prune in the smallest and in the largest forms of a program. If ``heads``, those of
+    embedding and head count too."""
+    shapes = [size.shape for size in sizes_of(chain, recipe)]
+    least, most = byte_range(program, shapes)
+    if heads:
+        least += least_bytes(chain)
+        most += most_bytes(chain)
     return least, most
 
 
@@ -145,9 +160,7 @@ def _check_bytes(program: str, size: int, chain: Chain, recipe: Recipe) -> None:
         raise RecipeError(
             f"size {size} counts embedding and head, which are rounded in a checkpoint; give the model by its directory"
         )
-    least, most = byte_range(program, [x.shape for x in sizes_of(chain, recipe)])
-    least += least_bytes(chain)
-    most += most_bytes(chain)
+    least, most = size_range(program, chain, recipe, heads=True)
     if least > size:
         raise RecipeError(
             f"size {size} is too few bytes for {program}; at least {least} are possible"
@@ -196,8 +209,8 @@ def bits_in(size: int, weights: int) -> float:
 
 
 def _bytes_at(bits: float, weights: int) -> int:
-    """The bytes of weights with these bits each: those that ``bits_in`` was given, though it rounds."""
-    return math.floor(bits * weights / 8 + 1e-3)
+    """The inverse of ``bits_in``, whose quotient may be rounded down."""
+    return math.floor(bits * weights / 8 + ROUNDING)
 
 
 def _rounded_up(bits: float) -> float:
