@@ -133,6 +133,13 @@ def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) ->
     report = (tmp_path / "small.html").read_text()
     assert "sparsellm report" in report
     assert f"{again.evaluation.value:.4g}" in report
+    # it is about the file, not about the checkpoint that it was written from
+    assert f"{again.bytes / 1e6:,.1f}\N{NO-BREAK SPACE}MB" in report
+    assert "packing leaves them out" not in report
+    assert "sparsellm report small" not in report
+    assert "Bits of each linear" in report
+    assert "Where the bits went" in report
+    assert "Sparsity of each linear" not in report
 
 
 def test_a_size_is_that_of_linears_embedding_and_head_together(
@@ -316,7 +323,8 @@ def test_a_complete_run_that_removed_experts_is_known_again(
         once.setattr(programs, "prune", lambda *_, **__: 1 / 0)
         result = again()
     assert [len(mixture.kept) for mixture in result.run.experts] == [2]
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"dense", "out", "out.html"}
     logits(tmp_path / "out")
 
 

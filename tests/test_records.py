@@ -134,6 +134,27 @@ def test_records_appended_at_once_are_all_kept(
             },
             "int4 (q4_0), 4.5 bits a weight",
         ),
+        (
+            {
+                "linears": [
+                    {**LINEAR, "values": "q4_k"},
+                    {**LINEAR, "values": "q6_k"},
+                ],
+                "sparsity_asked": 0.0,
+                "values": "int8",
+                "grid": "mixed",
+                "bits_per_weight": 5.5,
+            },
+            "2 types of values, 5.5 bits a weight",
+        ),
+        (
+            {
+                "linears": [{**LINEAR, "values": "int4"}, {**LINEAR, "values": "int3"}],
+                "values": "mixed",
+                "bits_per_weight": 3.5,
+            },
+            "25% zeros, 2 types of values, 3.5 bits a weight",
+        ),
         ({"linears": []}, "no zeros"),
     ],
 )

@@ -123,7 +123,7 @@ def dump_yaml(values: Mapping[str, object]) -> str:
 
 def about(size: int) -> str:
     """A size such as 270 MB, 3.2 GB or 141 GB."""
-    if size >= 5e7:
+    if size >= 9.995e8:
         digits = int(size < 9.95e9)
         return f"{size / 1e9:.{digits}f} GB"
     return f"{size / 1e6:.0f} MB"

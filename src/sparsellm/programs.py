@@ -36,7 +36,7 @@ from sparsellm.model.heads import heads_of, outer_matrices
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning
-from sparsellm.report.document import REPORT, check_page, write_report
+from sparsellm.report.document import REPORT, check_page, write_export_report
 from sparsellm.run.choice import sizes_of
 from sparsellm.run.fewer_experts import clean_up
 from sparsellm.run.form_choice import (
@@ -53,6 +53,8 @@ from sparsellm.run.smallest_size import Q4_K_M
 from sparsellm.text.sources import settle_calibration
 
 ProgramName = Literal["llama.cpp", "vllm", "sparsellm", "transformers"]
+# programs for which the result is exported from the run's checkpoint
+EXPORTED: frozenset[ProgramName] = frozenset({"llama.cpp", "vllm"})
 MOST_BITS = 16.0
 Bits = Annotated[float, Field(gt=0, le=MOST_BITS)]
 # type of embedding and head in a file for llama.cpp, unless the .gguf file that is pruned has a smaller one
@@ -236,9 +238,6 @@ def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
         )
         text = f"FROM ./{place.name}\n".encode()
         replace_atomically(_modelfile(place), lambda file: file.write(text))
-        # a run without the chart library has none
-        if (pruned / REPORT).is_file():
-            write_report(pruned, _report(place), name=order.out)
     if program == "vllm":
         export(
             pruned,
@@ -248,13 +247,17 @@ def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
             restart=restart,
             progress=progress,
         )
+    size = bytes_of(place)
+    # a run without the chart library has none
+    if program in EXPORTED and (pruned / REPORT).is_file():
+        write_export_report(pruned, place, size, _report(place))
     if pruned != place:
         clean_up(pruned)
     return CompressResult(
         path=place,
         program=program,
         asked_bytes=order.asked_bytes,
-        bytes=bytes_of(place),
+        bytes=size,
         dense_bytes=run.base.bytes,
         run=run,
         evaluation=evaluation,
@@ -333,24 +336,7 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     template = None
     if program == "llama.cpp" and script is None:
         template = _pruned_file(model)
-    place = Path(os.path.expanduser(out))
-    if not place.name:  # as of / and .
-        raise RecipeError(
-            f"--out {shown(str(out))} has no name of its own; name a new directory or file, such as small"
-        )
-    pruned = _pruned(place, program)
-    # an earlier start of this command may have written the result, and been stopped after that
-    begun = pruned != place and (pruned / PRUNING).is_file()
-    if program == "llama.cpp":
-        check_file(out, overwrite=overwrite or begun)
-        if _modelfile(place).exists() and not (overwrite or begun):
-            raise RecipeError(
-                f"{_modelfile(place)} exists, and one is written next to the .gguf file; give --overwrite to replace it"
-            )
-        check_page(_report(place))
-    else:
-        sources = checkpoints_among(model)
-        check_destination(out, overwrite=overwrite or begun, sources=sources)
+    pruned = _check_places(model, str(out), program, overwrite=overwrite)
     if program != "transformers":
         source = checkpoint_directory(str(model))
         chain = open_chain(source, device=torch.device("cpu"))
@@ -394,6 +380,34 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     )
 
 
+def _check_places(
+    model: str | os.PathLike[str], out: str, program: ProgramName, *, overwrite: bool
+) -> Path:
+    """Refuses places of the result where something else is. Returns the directory of the checkpoint from which the
+    result is written. Raises RecipeError or StorageError."""
+    place = Path(os.path.expanduser(out))
+    if not place.name:  # as of / and .
+        raise RecipeError(
+            f"--out {shown(out)} has no name of its own; name a new directory or file, such as small"
+        )
+    pruned = _pruned(place, program)
+    # an earlier start of this command may have written the result, and been stopped after that
+    begun = pruned != place and (pruned / PRUNING).is_file()
+    replaces = overwrite or begun
+    if program == "llama.cpp":
+        check_file(out, overwrite=replaces)
+        if _modelfile(place).exists() and not replaces:
+            raise RecipeError(
+                f"{_modelfile(place)} exists, and one is written next to the .gguf file; give --overwrite to replace it"
+            )
+    else:
+        sources = checkpoints_among(model)
+        check_destination(out, overwrite=replaces, sources=sources)
+    if program in EXPORTED:
+        check_page(_report(place))
+    return pruned
+
+
 def _pruned(place: Path, program: ProgramName) -> Path:
     """The directory of the checkpoint from which a result is written."""
     if program == "transformers":
@@ -407,8 +421,10 @@ def _modelfile(place: Path) -> Path:
 
 
 def _report(place: Path) -> Path:
-    """The report next to a GGUF file."""
-    return place.with_suffix(".html")
+    """The report next to a GGUF file, or to a directory for vLLM, which has its own files alone."""
+    if place.suffix == ".gguf":
+        return place.with_suffix(".html")
+    return place.with_name(f"{place.name}.html")
 
 
 def _divergence_of(size: str | int | None) -> float | Literal["Q4_K_M"] | None:

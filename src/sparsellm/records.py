@@ -139,6 +139,26 @@ class LinearResult(Matrix):
         )
 
 
+def bits_per_weight(linears: Iterable[LinearResult]) -> float | None:
+    """Bits of a pruned weight on another program's grid, or as ``pack`` will store it, where experts do not count; None
+    if values of a linear are kept."""
+    stored = [
+        linear for linear in linears if linear.values in GRIDS or linear.tokens is None
+    ]
+    weights = sum(linear.weights for linear in stored)
+    if not weights or any(linear.values == KEEP for linear in stored):
+        return None
+    return sum(map(_stored_bits, stored)) / weights
+
+
+def _stored_bits(linear: LinearResult) -> float:
+    """The bits of a linear with rounded values, on another program's grid or packed."""
+    grid = GRIDS.get(linear.values)
+    if grid is None:
+        return 8 * linear.packed_bytes(linear.values)
+    return grid.bits_per_weight(linear.shape[1]) * linear.weights
+
+
 def by_kind(linears: Iterable[LinearResult]) -> dict[str, list[LinearResult]]:
     """Linears by the last part of their kind, or all of it where two kinds end alike."""
     kinds: dict[str, list[LinearResult]] = {}
@@ -357,15 +377,29 @@ class RunRecord(Record):
         return self.values if self.grid == OWN else self.grid
 
     @property
+    def mixed(self) -> bool:
+        """Whether linears differ in the type or the grid to which their values were rounded."""
+        return MIXED in (self.values, self.grid)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its zeros were asked for, or save bytes. On the grid of another program they do not, and rounding
+        makes some."""
+        return self.zeros > 0 and (self.sparsity_asked > 0 or self.grid == OWN)
+
+    @property
     def in_short(self) -> str:
         """Zeros, pattern, values and bits in a few words, for titles: ``50% zeros, int8, 4.9 bits a weight``."""
         parts = []
-        if self.zeros:
+        if self.sparse:
             parts.append(f"{100 * self.sparsity_reached:.4g}% zeros")
         patterns = {linear.pattern for linear in self.linears}
         parts += [pattern for pattern in patterns if pattern and len(patterns) == 1]
-        if self.values != "keep":
-            grid = f" ({self.grid})" if self.grid != "own" else ""
+        if self.mixed:
+            types = {self.values_of(linear) for linear in self.linears}
+            parts.append(f"{len(types)} types of values")
+        elif self.values != KEEP:
+            grid = f" ({self.grid})" if self.grid != OWN else ""
             parts.append(f"{self.values}{grid}")
         if self.bits_per_weight is not None:
             parts.append(f"{self.bits_per_weight:.2g} bits a weight")

@@ -6,6 +6,7 @@ import hashlib
 import importlib.resources
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -150,7 +151,14 @@ def card_text(
 
     base = run.base.model if HUB_ID.fullmatch(run.base.model or "") else None
     pattern = run.recipe.get("pattern")
-    tags = ["sparsellm", "pruning", "sparsity"]
+    bits = run.bits_per_weight
+    counts_zeros = run.sparse or bits is None
+    if counts_zeros:
+        tags = ["sparsellm", "pruning", "sparsity"]
+        done = f"pruned after training by sparsellm: {run.sparsity_reached:.2%} of the weights of the blocks are zero"
+    else:
+        tags = ["sparsellm", "quantization"]
+        done = f"compressed after training by sparsellm: the linears of the blocks have {bits:.2f} bits a weight"
     if isinstance(pattern, str):
         tags.append(f"sparsity-{pattern}")
     data = ModelCardData(
@@ -174,6 +182,9 @@ def card_text(
         data,
         template_str=template.read_text("utf-8"),
         run=run,
+        done=done,
+        counts_zeros=counts_zeros,
+        types=Counter(map(run.values_of, run.linears)).most_common(),
         base=base,
         name=base or run.base.name or "a model from memory",
         evaluations=evaluations,

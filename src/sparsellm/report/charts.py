@@ -19,6 +19,7 @@ from sparsellm.records import (
     Pruning,
     SweepPass,
     Totals,
+    bits_per_weight,
     by_kind,
     error_of,
 )
@@ -43,7 +44,8 @@ _CELLS = 100_000  # the most in a table of kinds and blocks; 128 blocks with 16 
 Plotly = dict[str, Any]  # a trace, an axis or a layout, as Plotly's JSON has it
 Values = Sequence[float | None]
 Shown = Callable[[float | None], str]  # a value as text
-Measure = Callable[[Iterable[LinearResult]], float]  # a value of some linears
+# a value of some linears, if they have one
+Measure = Callable[[Iterable[LinearResult]], float | None]
 Heading = tuple[str, str, str]  # name, title and text of a chart
 
 
@@ -233,16 +235,21 @@ def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
 
 
 def _heat_map(
-    heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, log: bool = False
+    heading: Heading,
+    pruning: Pruning,
+    of: Measure,
+    bar: Plotly,
+    shown: Shown = short_number,
+    *,
+    log: bool = False,
 ) -> Chart:
-    """Values by kind of linear and block: fractions, or coloured by ``log``. The text has a place for their range."""
+    """Values by kind of linear and block, which may be coloured by ``log``. The text has a place for their range."""
 
     def z(value: float | None) -> float | None:
         if not log or value is None:
             return value
         return math.log10(value) if value > 0 else None
 
-    shown = short_number if log else percent
     name, title, text = heading
     blocks = pruning.blocks
     values = {
@@ -258,7 +265,7 @@ def _heat_map(
     if known and not log:  # else equal values would have the colours of both ends
         ends = {
             "zmin": max(0.0, min(known) - 0.05),
-            "zmax": min(1.0, max(known) + 0.05),
+            "zmax": max(known) + 0.05,
         }
     trace = _heat(
         **ends,
@@ -289,7 +296,12 @@ def _heat_map(
 
 
 def maps(pruning: Pruning) -> list[Chart]:
-    """Sparsity and relative error by kind of linear and block."""
+    """Bits, if linears differ in them, sparsity, if zeros count, and relative error, by kind of linear and block."""
+    bits = (
+        "bits",
+        "Bits of each linear",
+        "The bits of a weight of each linear, with scales and masks, {}. Darker is fewer.",
+    )
     sparsity = (
         "sparsity",
         "Sparsity of each linear",
@@ -299,16 +311,22 @@ def maps(pruning: Pruning) -> list[Chart]:
         "‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs that the method fitted to, W₀ being the dense or the "
         "refitted weight, {}; the colours are logarithmic, and darker is a smaller error."
     )
-    return [
-        _heat_map(sparsity, pruning, sparsity_of, axis("zeros", tickformat=".0%")),
+    drawn = []
+    if pruning.mixed:
+        drawn.append(_heat_map(bits, pruning, bits_per_weight, axis("bits")))
+    if pruning.sparse or not pruning.mixed:
+        zeros = axis("zeros", tickformat=".0%")
+        drawn.append(_heat_map(sparsity, pruning, sparsity_of, zeros, percent))
+    drawn.append(
         _heat_map(
             ("error", "Error of each linear", error),
             pruning,
             error_of,
             axis("log₁₀ error"),
             log=True,
-        ),
-    ]
+        )
+    )
+    return drawn
 
 
 def experts_chart(pruning: Pruning) -> Chart:
@@ -364,28 +382,55 @@ def experts_chart(pruning: Pruning) -> Chart:
 
 
 def allocation_chart(pruning: Pruning) -> Chart:
-    """The sparsity of each block, over all its pruned linears and by kind."""
+    """The sparsity of each block, over all its pruned linears and by kind; their bits, if no zeros count."""
+    if pruning.mixed and not pruning.sparse:
+        bits = pruning.bits_per_weight
+        assert bits is not None
+        return _by_depth(
+            "Where the bits went",
+            "Bits of a weight by depth. Blocks range from {} to {}, and all together have {}.",
+            pruning,
+            bits_per_weight,
+            reference=bits,
+            y=axis("bits"),
+            shown=short_number,
+        )
+    allocation = pruning.allocated_by or "uniform"
+    return _by_depth(
+        "Where the zeros went",
+        f"Sparsity by depth. The allocation is {allocation}; blocks range from {{}} to {{}}, and {{}} was asked for.",
+        pruning,
+        sparsity_of,
+        reference=pruning.sparsity_asked,
+        y=share_axis("zeros"),
+        shown=percent,
+    )
+
+
+def _by_depth(
+    title: str,
+    text: str,
+    pruning: Pruning,
+    of: Measure,
+    *,
+    reference: float,
+    y: Plotly,
+    shown: Shown,
+) -> Chart:
+    """A line for all linears of each block and one for each kind; ``reference`` is a dashed line. The text has places
+    for the least value of a block, the largest, and the reference."""
     blocks = pruning.blocks
-    shares = by_block(pruning.linears, blocks, sparsity_of)
-    known = [value for value in shares if value is not None]
-    text = (
-        f"Sparsity by depth. The allocation is {pruning.allocated_by or 'uniform'}; blocks range from "
-        f"{percent(min(known))} to {percent(max(known))}, and {percent(pruning.sparsity_asked)} was asked for."
-    )
-    series: dict[str, Values] = {"all of the block": shares}
+    of_blocks = by_block(pruning.linears, blocks, of)
+    known = [value for value in of_blocks if value is not None]
+    series: dict[str, Values] = {"all of the block": of_blocks}
     series |= {
-        kind: by_block(part, blocks, sparsity_of)
-        for kind, part in _kinds(pruning).items()
+        kind: by_block(part, blocks, of) for kind, part in _kinds(pruning).items()
     }
-    chart = lines(
-        ("allocation", "Where the zeros went", text),
-        ("block", blocks),
-        share_axis("zeros"),
-        series,
-        percent,
-    )
+    said = text.format(shown(min(known)), shown(max(known)), shown(reference))
+    heading = ("allocation", title, said)
+    chart = lines(heading, ("block", blocks), y, series, shown)
     chart.traces[0]["line"]["width"] = 4
-    chart.layout["shapes"] = [reference_line(pruning.sparsity_asked)]
+    chart.layout["shapes"] = [reference_line(reference)]
     return chart
 
 

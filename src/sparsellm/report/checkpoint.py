@@ -36,7 +36,10 @@ class Checkpoint:
     name: str  # in commands
     pruning: Pruning
     results: Results
-    file_bytes: int  # size of the weight files
+    file_bytes: int  # size of the weight files, or of what was exported
+    exported: bool = (
+        False  # whether the page is of what was written from it for another program
+    )
 
     @property
     def model(self) -> str:
@@ -100,11 +103,15 @@ class Row:
 def headline(record: Checkpoint) -> list[Row]:
     """The rows of the table: sparsity, quality, tasks, size, speed."""
     pruning = record.pruning
-    zeros = percent(pruning.sparsity_pruned)
-    rows = [Row("Zeros in the pruned linears", pruned=zeros)]
-    if pruning.matrices.weights > pruning.weights:
-        zeros = percent(pruning.sparsity_reached)
-        rows.append(Row("Zeros in all matrices of the blocks", pruned=zeros))
+    rows = []
+    if pruning.sparse:
+        zeros = percent(pruning.sparsity_pruned)
+        rows.append(Row("Zeros in the pruned linears", pruned=zeros))
+        if pruning.matrices.weights > pruning.weights:
+            zeros = percent(pruning.sparsity_reached)
+            rows.append(Row("Zeros in all matrices of the blocks", pruned=zeros))
+    if record.exported:
+        return [*rows, *_quality(record), _exported_size(record)]
     files = [
         Row(f"File {file.name}", str(file), pruned=megabytes(file.bytes / 1e6))
         for file in record.results.exports
@@ -117,6 +124,17 @@ def headline(record: Checkpoint) -> list[Row]:
         *files,
         *_speeds(record),
     ]
+
+
+def _exported_size(record: Checkpoint) -> Row:
+    """The size of what was exported, with embedding, head and metadata."""
+    dense = record.pruning.base.bytes
+    name = f"Size of {record.name}"
+    size = megabytes(record.file_bytes / 1e6)
+    if not dense:
+        return Row(name, pruned=size)
+    before = megabytes(dense / 1e6)
+    return Row(name, "", before, size, _ratio(record.file_bytes, dense))
 
 
 def commands_of(rows: Iterable[Row]) -> list[str]:

@@ -10,6 +10,7 @@ import importlib.resources
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ def write_report(
     record = read_checkpoint(directory, name)
     page = render_run(record)
     return write_page(page, record.directory / REPORT if out is None else out)
+
+
+def write_export_report(directory: Path, exported: Path, size: int, out: Path) -> Path:
+    """Writes the report of what was ``exported`` from a checkpoint for another program, ``size`` bytes; errors as in
+    ``write_report``."""
+    record = read_checkpoint(directory, exported)
+    record = replace(record, file_bytes=size, exported=True)
+    return write_page(render_run(record), out)
 
 
 def write_page(page: bytes, out: Place) -> Path:
@@ -115,6 +124,12 @@ def render_run(record: Checkpoint) -> bytes:
     if pruning.experts:
         linears.append(charts.experts_chart(pruning))
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
+    commands: list[str] = []
+    packing: list[str] = []
+    if not record.exported:
+        commands = commands_of(rows)
+        if record.decoding() is None:
+            packing = packed_commands(record)
     return page(
         "run.html.jinja",
         f"{record.model}: {pruning.in_short}",
@@ -122,8 +137,8 @@ def render_run(record: Checkpoint) -> bytes:
         record=record,
         place=shlex.quote(record.name),
         rows=rows,
-        commands=commands_of(rows),
-        packed_commands=packed_commands(record) if record.decoding() is None else [],
+        commands=commands,
+        packed_commands=packing,
         linears=linears,
         allocation=allocation,
         course=course,

@@ -88,26 +88,6 @@ def _only(names: set[str]) -> str:
     return min(names) if len(names) == 1 else MIXED
 
 
-def bits_per_weight(linears: Sequence[LinearResult]) -> float | None:
-    """Bits of a pruned weight on another program's grid, or as ``pack`` will store it, where experts do not count; None
-    if values of a linear are kept."""
-    stored = [
-        linear for linear in linears if linear.values in GRIDS or linear.tokens is None
-    ]
-    weights = sum(linear.weights for linear in stored)
-    if not weights or any(linear.values == KEEP for linear in stored):
-        return None
-    return sum(map(_stored_bits, stored)) / weights
-
-
-def _stored_bits(linear: LinearResult) -> float:
-    """The bits of a linear with rounded values, on another program's grid or packed."""
-    grid = GRIDS.get(linear.values)
-    if grid is None:
-        return 8 * linear.packed_bytes(linear.values)
-    return grid.bits_per_weight(linear.shape[1]) * linear.weights
-
-
 @dataclass(frozen=True)
 class Measured:
     """What survey, walk and sweep did."""

@@ -16,7 +16,7 @@ from sparsellm.files.writer import CheckpointWriter, TensorSource
 from sparsellm.inputs import without_folders
 from sparsellm.method.allocation import HeadForm
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback
-from sparsellm.records import Base, ExpertsOfBlock, Settings
+from sparsellm.records import Base, ExpertsOfBlock, Settings, bits_per_weight
 from sparsellm.report.card import CARD, base_of, card_text
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import (
@@ -37,7 +37,6 @@ from sparsellm.run.request import Request
 from sparsellm.run.result import (
     Measured,
     PruneResult,
-    bits_per_weight,
     environment,
     rounded_to,
 )
