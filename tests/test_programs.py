@@ -237,6 +237,43 @@ def test_a_size_is_that_of_the_model_without_experts(tmp_path: Path) -> None:
     assert most - fewer == pytest.approx(removed, abs=200)
 
 
+@pytest.mark.parametrize(
+    ("program", "end", "forms"),
+    [
+        ("llama.cpp", "least", {"iq4_nl"}),
+        ("llama.cpp", "most", {"q8_0"}),
+        # experts have one form, and 96 inputs of down_proj have no groups of 64
+        ("vllm", "least", {"w4a16-64", "w4a16-32"}),
+        ("vllm", "most", {"w8a16"}),
+    ],
+)
+def test_a_dry_run_takes_the_sizes_of_the_model_without_experts(
+    program: programs.ProgramName,
+    end: str,
+    forms: set[str],
+    home: Path,
+    tmp_path: Path,
+) -> None:
+    """At either end of their range each linear has its smallest or its largest form."""
+    save_tiny(mixtral(num_hidden_layers=1), tiny_tokenizer(), tmp_path / "dense")
+    recipe = {**SETTINGS, "calibration": str(home / "text.txt"), "experts": 2}
+    options: dict[str, Any] = {"program": program, "out": tmp_path / "small"}
+    if program == "llama.cpp":
+        options |= {"out": tmp_path / "a.gguf", "converter": converter.__file__}
+    asked = {"least": "1kB", "most": "1GB"}[end]
+    with pytest.raises(RecipeError) as refused:
+        programs.ordered(tmp_path / "dense", recipe, size=asked, **options)
+    said = re.search(rf"at {end} ([\d,.]+) kB", str(refused.value))
+    assert said is not None
+    size = round(1000 * float(said[1].replace(",", "")))
+    order = programs.ordered(tmp_path / "dense", recipe, size=f"{size}B", **options)
+    told: list[str] = []
+    chosen = programs.choose_forms(order, lambda event: told.append(event.detail))
+    assert {*chosen.values.values()} == forms
+    assert sum("the whole mixture" in line for line in told) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
 def test_a_model_that_is_not_converted_is_refused_at_once(
     home: Path, tmp_path: Path
 ) -> None:
