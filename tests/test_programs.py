@@ -340,11 +340,17 @@ def test_a_complete_run_that_removed_experts_is_known_again(
             bits=6.0,
         )
 
+    between = tmp_path / "out-pruned-experts"
+    with monkeypatch.context() as stopping:
+        stopping.setattr("sparsellm.run.prune.clean_up", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again()
+    assert (between / "experts.json").is_file()
     with monkeypatch.context() as stopping:
         stopping.setattr(programs, "export", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             again()
-    assert not (tmp_path / "out-pruned-experts").exists()
+    assert not between.exists()
     # neither with other experts nor with other settings of the run
     for changes in ({"experts": 3}, {"expert_refit": False}, {"effort": 1}):
         with pytest.raises(SparseLLMError, match="out-pruned"):

@@ -38,7 +38,7 @@ from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning
 from sparsellm.report.document import REPORT, check_page, write_report
 from sparsellm.run.choice import sizes_of
-from sparsellm.run.fewer_experts import clean_up
+from sparsellm.run.fewer_experts import clean_up, clean_up_removal
 from sparsellm.run.form_choice import (
     bits_in,
     check_forms,
@@ -207,6 +207,8 @@ def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
     overwrite = request.overwrite or run is not None
     if run is None:
         run = prune(request, progress).record
+    elif request.recipe.experts is not None:
+        clean_up_removal(pruned)
     interrupts.keeps(
         f"{pruned} is complete, and the same command goes on from it", resumes=False
     )

@@ -117,7 +117,7 @@ def open_removal(
             "experts takes a model by name, and out=DIR, without teacher or trust_remote_code"
         )
     request.destination(checkpoints_among(request.model))
-    place = Path(f"{os.path.expanduser(request.out)}-experts")
+    place = _place_of(request.out)
     rest = partial_of(Path(request.out).expanduser())
     # Without that file it is a checkpoint of the user's.
     overwrite = (place / EXPERTS).is_file()
@@ -284,6 +284,19 @@ def clean_up(directory: Path) -> None:
     with interrupts.held():
         if parallel.is_main() and not foreign_entries(directory):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def clean_up_removal(out: str | os.PathLike[str]) -> None:
+    """Removes the smaller model next to a complete result in ``out``, which a start leaves that is stopped at its very
+    end; not one that no removal wrote."""
+    place = _place_of(out)
+    if (place / EXPERTS).is_file():
+        clean_up(place)
+
+
+def _place_of(out: str | os.PathLike[str]) -> Path:
+    """The directory of the smaller model, next to the result of the run."""
+    return Path(f"{os.path.expanduser(out)}-experts")
 
 
 def _walk(
