@@ -16,6 +16,7 @@ import sparsellm
 from sparsellm import api, programs
 from sparsellm.app import tables
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError
+from sparsellm.run import form_choice
 from tests.exports.checkpoints import IDS, mixtral, wide_llama
 from tests.models import converter, save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, write_gguf
@@ -272,6 +273,21 @@ def test_a_dry_run_takes_the_sizes_of_the_model_without_experts(
     assert {*chosen.values.values()} == forms
     assert sum("the whole mixture" in line for line in told) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_linears_are_looked_at_once_before_the_work(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def look(program: str, *_: Any) -> None:
+        looked.append(program)
+
+    for module in (programs, form_choice):
+        monkeypatch.setattr(module, "check_forms", look)
+    out = tmp_path / "out"
+    programs.ordered(home / "dense", SETTINGS, program="vllm", out=out, bits=6.0)
+    assert looked == ["vllm"]
 
 
 def test_a_model_that_is_not_converted_is_refused_at_once(

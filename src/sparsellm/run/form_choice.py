@@ -227,10 +227,9 @@ def check_forms(program: str, chain: Chain, recipe: Recipe) -> None:
 
 
 def check_size(chain: Chain, recipe: Recipe) -> None:
-    """Refuses a size that no forms of its program have, and what ``check_forms`` does. Raises RecipeError."""
+    """Refuses a size that no forms of its program have, where ``check_forms`` refused nothing. Raises RecipeError."""
     if recipe.program is None:
         return
-    check_forms(recipe.program, chain, recipe)
     if recipe.size is not None:
         _check_bytes(recipe.program, recipe.size, chain, recipe)
     if recipe.bits is not None:
