@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,8 +180,7 @@ def _check_run(rest: Path, place: Path, identity: Identity, *, restart: bool) ->
     """Refuses to replace the smaller model from which an unfinished run in ``rest`` goes on. Raises StorageError."""
     known = _read(place)
     if known and not restart and left_in(rest) is not None:
-        here = to_jsonable_python(asdict(identity))
-        check_identity(rest, known.get("identity"), here)
+        check_identity(rest, known.get("identity"), identity.stored())
 
 
 def _with_run(
@@ -209,7 +208,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
     chain = step.models.chain
     place = step.place
     recipe = step.recipe
-    identity = to_jsonable_python(asdict(step.identity))
+    identity = step.identity.stored()
     if parallel.from_main(partial(_read, place)).get("identity") == identity:
         return place
     score = SCORES[recipe.expert_score]
@@ -261,8 +260,7 @@ def removal_settings(step: Settings, recipe: Recipe) -> Settings:
 def removal_of(request: Request, progress: ProgressCallback) -> Settings:
     """The ``removal_settings`` of a request; errors as ``open_removal``."""
     step = open_removal(request, PhaseClock(), progress)
-    identity = to_jsonable_python(asdict(step.identity))
-    return removal_settings(identity, request.recipe)
+    return removal_settings(step.identity.stored(), request.recipe)
 
 
 def removal_before(recipe: Recipe, directory: Path | None) -> RemovalRecord | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts, machine, parallel
 from sparsellm.errors import NumericalError
@@ -160,7 +159,7 @@ def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None
     with machine.computing(device_of(request.model, request.recipe)):
         if request.recipe.experts is None:
             _, _, decided = open_and_decide(there, PhaseClock(), progress)
-            alike = known.identity == to_jsonable_python(asdict(decided.identity))
+            alike = known.identity == decided.identity.stored()
         else:
             alike = known.removal == removal_of(there, progress)
     if not alike:
@@ -237,11 +236,10 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
 
 def _check_resumes(out: Path, identity: Identity, request: Request) -> None:
     """Refuses an unfinished run into ``out`` that has another identity. Raises StorageError."""
-    known = to_jsonable_python(asdict(identity))
     check = partial(
         check_unfinished,
         partial_of(out),
-        known,
+        identity.stored(),
         restart=request.restart,
         model=request.called,
     )
