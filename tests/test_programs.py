@@ -41,8 +41,10 @@ def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "MEASURED_TOKENS", 128)
 
 
-def compress(home: Path, out: Path, **options: Any) -> sparsellm.CompressResult:
-    settings = {**SETTINGS, "calibration": str(home / "text.txt")}
+def compress(
+    home: Path, out: Path, *, recipe: dict[str, Any] | None = None, **options: Any
+) -> sparsellm.CompressResult:
+    settings = {**SETTINGS, "calibration": str(home / "text.txt"), **(recipe or {})}
     return sparsellm.compress(home / "dense", settings, out=out, **options)
 
 
@@ -95,11 +97,13 @@ def test_linears_that_stay_dense_count_for_the_size(home: Path, tmp_path: Path) 
             {**settings, "exclude": exclude},
             program="vllm",
             out=tmp_path / "out",
-            size=2_231_000,
+            size="140000B",
         )
         return order.request.recipe.bits or 0
 
-    records = 8 * 2 * programs.RECORD_BYTES
+    key = "model.layers.0.self_attn.k_proj.weight"
+    record = programs.LINEAR_BYTES - programs.LINES_BYTES + 5 * len(key)
+    records = 8 * 2 * record
     everything = bits([]) * weights
     some = bits(["*.k_proj.*", "*.v_proj.*"]) * (weights - left_out)
     assert some == pytest.approx(everything + records - 16 * left_out)
@@ -209,7 +213,7 @@ def test_linears_of_the_largest_size_have_the_largest_forms(
             {**SETTINGS, "calibration": str(home / "text.txt")},
             program=program,  # type: ignore[arg-type]
             out=tmp_path / "out",
-            size=asked,
+            size=f"{asked}B",
         )
         chosen = programs.choose_forms(order, lambda _: None)
         largest = {"vllm": "w8a16", "sparsellm": "int8"}[program]
@@ -227,14 +231,16 @@ def test_a_size_is_that_of_the_model_without_experts(tmp_path: Path) -> None:
             {**SETTINGS, "experts": 2},
             program="vllm",
             out=out,
-            size=most,
+            size=f"{most}B",
         )
     said = re.search(r"at most ([\d,.]+) kB", str(refused.value))
     assert said is not None
     fewer = round(1000 * float(said[1].replace(",", "")))
     rows = 2 * 96 + 64
     weights = 3 * 64 * 96
-    removed = 2 * (weights + 2 * rows + 3 * programs.RECORD_BYTES + 2 * 64)
+    key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    records = 3 * (programs.LINEAR_BYTES + 8 * len(key))
+    removed = 2 * (weights + 2 * rows + records + 2 * 64)
     assert most - fewer == pytest.approx(removed, abs=200)
 
 
@@ -305,6 +311,34 @@ def test_a_model_that_is_not_converted_is_refused_at_once(
             converter=script,
         )
     assert [*tmp_path.iterdir()] == [script]
+
+
+def test_a_directory_for_vllm_fills_its_size(tmp_path: Path) -> None:
+    model = wide_llama(hidden_size=128, intermediate_size=384, num_hidden_layers=8)
+    save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(4000))))
+    asked = 1_100_000
+    result = compress(
+        tmp_path,
+        tmp_path / "out",
+        program="vllm",
+        size=f"{asked}B",
+        recipe={"effort": 1},
+    )
+    assert 0.99 * asked < result.bytes <= asked
+
+
+def test_the_last_lines_say_what_of_the_size_is_left(
+    home: Path, tmp_path: Path, run: Any
+) -> None:
+    line = ("compress", home / "dense", "--for", "vllm", "--size", "134000B")
+    options = ("--samples", 4, "--seq-len", 32, "--calibration", home / "text.txt")
+    out = tmp_path / "out"
+    _, stdout, _ = run(*line, *options, "--effort", 0, "--out", out, exits=0)
+    left = 1 - programs.bytes_of(out) / 134_000
+    assert left > 0.01
+    said = " ".join(stdout.split())
+    assert f"asked for 0 MB, of which the chosen forms leave {left:.1%}" in said
 
 
 def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
@@ -464,7 +498,7 @@ def test_transformers_gets_a_sparsity(home: Path, tmp_path: Path) -> None:
         ({"program": "sparsellm", "size": "1MB"}, "at least 2.* kB are possible"),
         ({"program": "sparsellm", "bits": 0.5}, "at least .* are possible"),
         ({"program": "sparsellm", "size": "4GB"}, "is too large .*; give at most that"),
-        ({"program": "vllm", "size": "4GB"}, "for vllm: at most 2.* kB are possible"),
+        ({"program": "vllm", "size": "4GB"}, "for vllm: at most 1.* kB are possible"),
         # w8a16 has 16 bits for each of 448 rows, of 30,720 weights
         ({"program": "vllm", "bits": 8.4}, r"at most 8\.234 are possible"),
         ({"program": "sparsellm", "bits": 15.9}, "bits 15.9 are too large for"),

@@ -57,9 +57,14 @@ MOST_BITS = 16.0
 Bits = Annotated[float, Field(gt=0, le=MOST_BITS)]
 # type of embedding and head in a file for llama.cpp, unless the .gguf file that is pruned has a smaller one
 HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
-# A directory has a report and a card next to its weights, and records of each linear.
+# A packed directory has a report and a card next to its weights, and records of each linear.
 REPORT_BYTES = 2_100_000
 RECORD_BYTES = 3_000
+# A directory for vLLM has no report: its card, recipe, settings and record take this much, and then each tensor a line
+# of the index, of the header of its shard, and of the config, and each linear three tensors and a record.
+SETTINGS_BYTES = 18_000
+LINES_BYTES = 135
+LINEAR_BYTES = 770
 
 
 @dataclass(frozen=True)
@@ -506,13 +511,20 @@ def _other_bytes(
 ) -> int:
     """Bytes of a directory but for the linears to prune."""
     assert chain.reader is not None
-    others = REPORT_BYTES + RECORD_BYTES * len(linears)
-    others += sum(file.stat().st_size for file in companions_of(source))
+    others = sum(file.stat().st_size for file in companions_of(source))
     for key in chain.reader:
         if key not in linears:
             others += chain.reader.bytes_of(key)
     if program == "sparsellm":
-        others -= head_bytes(chain, "keep") - head_bytes(chain, "int8")
+        others += REPORT_BYTES + RECORD_BYTES * len(linears)
+        return others - head_bytes(chain, "keep") + head_bytes(chain, "int8")
+    others += SETTINGS_BYTES + (source / "config.json").stat().st_size
+    for key in chain.reader:
+        if key in linears:
+            # its name stands in eight lines
+            others += LINEAR_BYTES + 8 * len(key)
+        else:
+            others += LINES_BYTES + 3 * len(key)
     return others
 
 
