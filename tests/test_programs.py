@@ -16,6 +16,7 @@ import sparsellm
 from sparsellm import api, programs
 from sparsellm.app import tables
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError
+from sparsellm.exports import template
 from sparsellm.run import form_choice
 from tests.exports.checkpoints import IDS, mixtral, wide_llama
 from tests.models import converter, save_tiny, tiny_tokenizer
@@ -260,8 +261,10 @@ def test_a_dry_run_takes_the_sizes_of_the_model_without_experts(
     forms: set[str],
     home: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At either end of their range each linear has its smallest or its largest form."""
+    monkeypatch.setattr(template, "_convert", converter.called)
     save_tiny(mixtral(num_hidden_layers=1), tiny_tokenizer(), tmp_path / "dense")
     recipe = {**SETTINGS, "calibration": str(home / "text.txt"), "experts": 2}
     options: dict[str, Any] = {"program": program, "out": tmp_path / "small"}

@@ -60,8 +60,8 @@ HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
 # A packed directory has a report and a card next to its weights, and records of each linear.
 REPORT_BYTES = 2_100_000
 RECORD_BYTES = 3_000
-# A directory for vLLM has no report: its card, recipe, settings and record take this much, and then each tensor a line
-# of the index, of the header of its shard, and of the config, and each linear three tensors and a record.
+# A directory for vLLM has no report. Its card, recipe and records take SETTINGS_BYTES. Each tensor has a line in the
+# index, in the header of its shard and in the config. A linear has three tensors, and a record.
 SETTINGS_BYTES = 18_000
 LINES_BYTES = 135
 LINEAR_BYTES = 770
