@@ -16,6 +16,8 @@ import sparsellm
 from sparsellm import api, programs
 from sparsellm.app import tables
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError
+from sparsellm.exports import template
+from sparsellm.run import form_choice
 from tests.exports.checkpoints import IDS, mixtral, wide_llama
 from tests.models import converter, save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, write_gguf
@@ -40,8 +42,10 @@ def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "MEASURED_TOKENS", 128)
 
 
-def compress(home: Path, out: Path, **options: Any) -> sparsellm.CompressResult:
-    settings = {**SETTINGS, "calibration": str(home / "text.txt")}
+def compress(
+    home: Path, out: Path, *, recipe: dict[str, Any] | None = None, **options: Any
+) -> sparsellm.CompressResult:
+    settings = {**SETTINGS, "calibration": str(home / "text.txt"), **(recipe or {})}
     return sparsellm.compress(home / "dense", settings, out=out, **options)
 
 
@@ -94,11 +98,13 @@ def test_linears_that_stay_dense_count_for_the_size(home: Path, tmp_path: Path) 
             {**settings, "exclude": exclude},
             program="vllm",
             out=tmp_path / "out",
-            size=2_231_000,
+            size="140000B",
         )
         return order.request.recipe.bits or 0
 
-    records = 8 * 2 * programs.RECORD_BYTES
+    key = "model.layers.0.self_attn.k_proj.weight"
+    record = programs.LINEAR_BYTES - programs.LINES_BYTES + 5 * len(key)
+    records = 8 * 2 * record
     everything = bits([]) * weights
     some = bits(["*.k_proj.*", "*.v_proj.*"]) * (weights - left_out)
     assert some == pytest.approx(everything + records - 16 * left_out)
@@ -215,7 +221,7 @@ def test_linears_of_the_largest_size_have_the_largest_forms(
             {**SETTINGS, "calibration": str(home / "text.txt")},
             program=program,  # type: ignore[arg-type]
             out=tmp_path / "out",
-            size=asked,
+            size=f"{asked}B",
         )
         chosen = programs.choose_forms(order, lambda _: None)
         largest = {"vllm": "w8a16", "sparsellm": "int8"}[program]
@@ -233,15 +239,71 @@ def test_a_size_is_that_of_the_model_without_experts(tmp_path: Path) -> None:
             {**SETTINGS, "experts": 2},
             program="vllm",
             out=out,
-            size=most,
+            size=f"{most}B",
         )
     said = re.search(r"at most ([\d,.]+) kB", str(refused.value))
     assert said is not None
     fewer = round(1000 * float(said[1].replace(",", "")))
     rows = 2 * 96 + 64
     weights = 3 * 64 * 96
-    removed = 2 * (weights + 2 * rows + 3 * programs.RECORD_BYTES + 2 * 64)
+    key = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    records = 3 * (programs.LINEAR_BYTES + 8 * len(key))
+    removed = 2 * (weights + 2 * rows + records + 2 * 64)
     assert most - fewer == pytest.approx(removed, abs=200)
+
+
+@pytest.mark.parametrize(
+    ("program", "end", "forms"),
+    [
+        ("llama.cpp", "least", {"iq4_nl"}),
+        ("llama.cpp", "most", {"q8_0"}),
+        # experts have one form, and 96 inputs of down_proj have no groups of 64
+        ("vllm", "least", {"w4a16-64", "w4a16-32"}),
+        ("vllm", "most", {"w8a16"}),
+    ],
+)
+def test_a_dry_run_takes_the_sizes_of_the_model_without_experts(
+    program: programs.ProgramName,
+    end: str,
+    forms: set[str],
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At either end of their range each linear has its smallest or its largest form."""
+    monkeypatch.setattr(template, "_convert", converter.called)
+    save_tiny(mixtral(num_hidden_layers=1), tiny_tokenizer(), tmp_path / "dense")
+    recipe = {**SETTINGS, "calibration": str(home / "text.txt"), "experts": 2}
+    options: dict[str, Any] = {"program": program, "out": tmp_path / "small"}
+    if program == "llama.cpp":
+        options |= {"out": tmp_path / "a.gguf", "converter": converter.__file__}
+    asked = {"least": "1kB", "most": "1GB"}[end]
+    with pytest.raises(RecipeError) as refused:
+        programs.ordered(tmp_path / "dense", recipe, size=asked, **options)
+    said = re.search(rf"at {end} ([\d,.]+) kB", str(refused.value))
+    assert said is not None
+    size = round(1000 * float(said[1].replace(",", "")))
+    order = programs.ordered(tmp_path / "dense", recipe, size=f"{size}B", **options)
+    told: list[str] = []
+    chosen = programs.choose_forms(order, lambda event: told.append(event.detail))
+    assert {*chosen.values.values()} == forms
+    assert sum("the whole mixture" in line for line in told) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_linears_are_looked_at_once_before_the_work(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def look(program: str, *_: Any) -> None:
+        looked.append(program)
+
+    for module in (programs, form_choice):
+        monkeypatch.setattr(module, "check_forms", look)
+    out = tmp_path / "out"
+    programs.ordered(home / "dense", SETTINGS, program="vllm", out=out, bits=6.0)
+    assert looked == ["vllm"]
 
 
 def test_a_model_that_is_not_converted_is_refused_at_once(
@@ -259,6 +321,34 @@ def test_a_model_that_is_not_converted_is_refused_at_once(
             converter=script,
         )
     assert [*tmp_path.iterdir()] == [script]
+
+
+def test_a_directory_for_vllm_fills_its_size(tmp_path: Path) -> None:
+    model = wide_llama(hidden_size=128, intermediate_size=384, num_hidden_layers=8)
+    save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(4000))))
+    asked = 1_100_000
+    result = compress(
+        tmp_path,
+        tmp_path / "out",
+        program="vllm",
+        size=f"{asked}B",
+        recipe={"effort": 1},
+    )
+    assert 0.99 * asked < result.bytes <= asked
+
+
+def test_the_last_lines_say_what_of_the_size_is_left(
+    home: Path, tmp_path: Path, run: Any
+) -> None:
+    line = ("compress", home / "dense", "--for", "vllm", "--size", "134000B")
+    options = ("--samples", 4, "--seq-len", 32, "--calibration", home / "text.txt")
+    out = tmp_path / "out"
+    _, stdout, _ = run(*line, *options, "--effort", 0, "--out", out, exits=0)
+    left = 1 - programs.bytes_of(out) / 134_000
+    assert left > 0.01
+    said = " ".join(stdout.split())
+    assert f"asked for 0 MB, of which the chosen forms leave {left:.1%}" in said
 
 
 def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
@@ -310,11 +400,17 @@ def test_a_complete_run_that_removed_experts_is_known_again(
             bits=6.0,
         )
 
+    between = tmp_path / "out-pruned-experts"
+    with monkeypatch.context() as stopping:
+        stopping.setattr("sparsellm.run.prune.clean_up", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again()
+    assert (between / "experts.json").is_file()
     with monkeypatch.context() as stopping:
         stopping.setattr(programs, "export", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             again()
-    assert not (tmp_path / "out-pruned-experts").exists()
+    assert not between.exists()
     # neither with other experts nor with other settings of the run
     for changes in ({"experts": 3}, {"expert_refit": False}, {"effort": 1}):
         with pytest.raises(SparseLLMError, match="out-pruned"):
@@ -413,7 +509,7 @@ def test_transformers_gets_a_sparsity(home: Path, tmp_path: Path) -> None:
         ({"program": "sparsellm", "size": "1MB"}, "at least 2.* kB are possible"),
         ({"program": "sparsellm", "bits": 0.5}, "at least .* are possible"),
         ({"program": "sparsellm", "size": "4GB"}, "is too large .*; give at most that"),
-        ({"program": "vllm", "size": "4GB"}, "for vllm: at most 2.* kB are possible"),
+        ({"program": "vllm", "size": "4GB"}, "for vllm: at most 1.* kB are possible"),
         # w8a16 has 16 bits for each of 448 rows, of 30,720 weights
         ({"program": "vllm", "bits": 8.4}, r"at most 8\.234 are possible"),
         ({"program": "sparsellm", "bits": 15.9}, "bits 15.9 are too large for"),

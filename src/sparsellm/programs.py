@@ -38,7 +38,7 @@ from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning
 from sparsellm.report.document import REPORT, check_page, write_export_report
 from sparsellm.run.choice import sizes_of
-from sparsellm.run.fewer_experts import clean_up
+from sparsellm.run.fewer_experts import clean_up, clean_up_removal
 from sparsellm.run.form_choice import (
     bits_in,
     check_forms,
@@ -59,9 +59,14 @@ MOST_BITS = 16.0
 Bits = Annotated[float, Field(gt=0, le=MOST_BITS)]
 # type of embedding and head in a file for llama.cpp, unless the .gguf file that is pruned has a smaller one
 HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
-# A directory has a report and a card next to its weights, and records of each linear.
+# A packed directory has a report and a card next to its weights, and records of each linear.
 REPORT_BYTES = 2_100_000
 RECORD_BYTES = 3_000
+# A directory for vLLM has no report. Its card, recipe and records take SETTINGS_BYTES. Each tensor has a line in the
+# index, in the header of its shard and in the config. A linear has three tensors, and a record.
+SETTINGS_BYTES = 18_000
+LINES_BYTES = 135
+LINEAR_BYTES = 770
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,8 @@ def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
     overwrite = request.overwrite or run is not None
     if run is None:
         run = prune(request, progress).record
+    elif request.recipe.experts is not None:
+        clean_up_removal(pruned)
     interrupts.keeps(
         f"{pruned} is complete, and the same command goes on from it", resumes=False
     )
@@ -520,13 +527,20 @@ def _other_bytes(
 ) -> int:
     """Bytes of a directory but for the linears to prune."""
     assert chain.reader is not None
-    others = REPORT_BYTES + RECORD_BYTES * len(linears)
-    others += sum(file.stat().st_size for file in companions_of(source))
+    others = sum(file.stat().st_size for file in companions_of(source))
     for key in chain.reader:
         if key not in linears:
             others += chain.reader.bytes_of(key)
     if program == "sparsellm":
-        others -= head_bytes(chain, "keep") - head_bytes(chain, "int8")
+        others += REPORT_BYTES + RECORD_BYTES * len(linears)
+        return others - head_bytes(chain, "keep") + head_bytes(chain, "int8")
+    others += SETTINGS_BYTES + (source / "config.json").stat().st_size
+    for key in chain.reader:
+        if key in linears:
+            # its name stands in eight lines
+            others += LINEAR_BYTES + 8 * len(key)
+        else:
+            others += LINES_BYTES + 3 * len(key)
     return others
 
 

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 # as many fit behind the name of a kind on a line of 80 columns
 BLOCKS_OF_LINE = 60
+# the share of a size that forms may leave without a word
+NEAR = 0.01
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
@@ -425,6 +427,10 @@ def print_compressed(result: CompressResult) -> None:
     asked = ""
     if result.asked_bytes is not None:
         asked = f"; asked for {about(result.asked_bytes)}"
+        unused = 1 - result.bytes / result.asked_bytes
+        # a small model has few forms
+        if unused > NEAR:
+            asked += f", of which the chosen forms leave {unused:.1%}"
     say(f"{result.path}: {about(result.bytes)}{of_dense}{asked}")
     say(result.run.in_short)
     report = result.run.allocation

@@ -27,7 +27,7 @@ from sparsellm.run.fingerprint import (
     start_fingerprint,
     tokens_fingerprint,
 )
-from sparsellm.run.form_choice import check_size
+from sparsellm.run.form_choice import check_forms, check_size
 from sparsellm.run.journal import Identity
 from sparsellm.run.opening import Models, computing_of, open_models, save_companions
 from sparsellm.run.request import Request
@@ -95,6 +95,8 @@ def decide(
     chain = models.chain
     computing = computing_of(chain)
     choice = choice_for(chain, request.recipe, taught=models.teacher is not None)
+    if request.recipe.program is not None:
+        check_forms(request.recipe.program, chain, request.recipe)
     check_size(chain, request.recipe)
     disk_bytes = choice.copies * checkpoint_bytes(chain)
     out = request.destination(models.sources, disk_bytes)

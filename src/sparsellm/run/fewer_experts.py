@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def open_removal(
             "experts takes a model by name, and out=DIR, without teacher or trust_remote_code"
         )
     request.destination(checkpoints_among(request.model))
-    place = Path(f"{os.path.expanduser(request.out)}-experts")
+    place = _place_of(request.out)
     rest = partial_of(Path(request.out).expanduser())
     # Without that file it is a checkpoint of the user's.
     overwrite = (place / EXPERTS).is_file()
@@ -180,8 +180,7 @@ def _check_run(rest: Path, place: Path, identity: Identity, *, restart: bool) ->
     """Refuses to replace the smaller model from which an unfinished run in ``rest`` goes on. Raises StorageError."""
     known = _read(place)
     if known and not restart and left_in(rest) is not None:
-        here = to_jsonable_python(asdict(identity))
-        check_identity(rest, known.get("identity"), here)
+        check_identity(rest, known.get("identity"), identity.stored())
 
 
 def _with_run(
@@ -209,7 +208,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
     chain = step.models.chain
     place = step.place
     recipe = step.recipe
-    identity = to_jsonable_python(asdict(step.identity))
+    identity = step.identity.stored()
     if parallel.from_main(partial(_read, place)).get("identity") == identity:
         return place
     score = SCORES[recipe.expert_score]
@@ -261,8 +260,7 @@ def removal_settings(step: Settings, recipe: Recipe) -> Settings:
 def removal_of(request: Request, progress: ProgressCallback) -> Settings:
     """The ``removal_settings`` of a request; errors as ``open_removal``."""
     step = open_removal(request, PhaseClock(), progress)
-    identity = to_jsonable_python(asdict(step.identity))
-    return removal_settings(identity, request.recipe)
+    return removal_settings(step.identity.stored(), request.recipe)
 
 
 def removal_before(recipe: Recipe, directory: Path | None) -> RemovalRecord | None:
@@ -284,6 +282,19 @@ def clean_up(directory: Path) -> None:
     with interrupts.held():
         if parallel.is_main() and not foreign_entries(directory):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def clean_up_removal(out: str | os.PathLike[str]) -> None:
+    """Removes the smaller model next to a complete result in ``out``, which a start leaves that is stopped at its very
+    end; not one that no removal wrote."""
+    place = _place_of(out)
+    if (place / EXPERTS).is_file():
+        clean_up(place)
+
+
+def _place_of(out: str | os.PathLike[str]) -> Path:
+    """The directory of the smaller model, next to the result of the run."""
+    return Path(f"{os.path.expanduser(out)}-experts")
 
 
 def _walk(

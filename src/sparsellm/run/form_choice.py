@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,7 @@ from sparsellm.method.allocation.forms import (
     some_rows,
 )
 from sparsellm.method.blocks.statistics import Statistics
+from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.method.gram import Gram
 from sparsellm.method.sweep.gradients import LossGradients
 from sparsellm.method.sweep.head import divergence_from, through_head
@@ -102,14 +104,23 @@ def forms_for(program: str, columns: int) -> list[Form]:
     return [Form(name) for name in names]
 
 
-def byte_range(program: str, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The bytes of linears with these shapes in the smallest and in the largest forms of a program."""
+def byte_range(program: str, sizes: Sequence[LinearSize]) -> tuple[int, int]:
+    """The bytes of linears in the smallest and in the largest forms of a program, where those of one unit are alike."""
+    shapes = {size.name: size.shape for size in sizes}
+    # linears that read one input have one number of columns, and so the same forms
+    alone = [[name] for name in shapes]
     least = 0
     most = 0
-    for shape in shapes:
-        sizes = [form_bytes(form, shape) for form in forms_for(program, shape[1])]
-        least += min(sizes, default=0)
-        most += max(sizes, default=0)
+    for names in units_of(sizes, alone, program):
+        counts = Counter(shapes[name] for name in names)
+        forms_of = [forms_for(program, columns) for _, columns in counts]
+        bytes_of = [
+            sum(count * form_bytes(form, shape) for shape, count in counts.items())
+            for form in forms_of[0]
+            if all(form in forms for forms in forms_of)
+        ]
+        least += min(bytes_of, default=0)
+        most += max(bytes_of, default=0)
     return least, most
 
 
@@ -118,12 +129,35 @@ def size_range(
 ) -> tuple[int, int]:
     """The bytes of the linears to prune in the smallest and in the largest forms of a program. If ``heads``, those of
     embedding and head count too."""
-    shapes = [size.shape for size in sizes_of(chain, recipe)]
-    least, most = byte_range(program, shapes)
+    least, most = byte_range(program, sizes_of(chain, recipe))
     if heads:
         least += least_bytes(chain)
         most += most_bytes(chain)
     return least, most
+
+
+def for_whole(recipe: Recipe, chain: Chain) -> Recipe:
+    """The recipe of a run that removes experts, for the whole mixture ``chain``: with the size that lies between those
+    of its smallest and largest forms where the size of the recipe lies for the experts that stay."""
+    assert recipe.program is not None
+    assert recipe.experts is not None
+    if recipe.size is None and recipe.bits is None:
+        return recipe
+    smaller = FewerExperts(chain, recipe.experts).chain
+    size = recipe.size
+    if size is None:
+        weights = sum(x.weights for x in sizes_of(smaller, recipe))
+        size = _bytes_at(recipe.bits or 0.0, weights)
+    heads = recipe.size is not None
+    least, most = size_range(recipe.program, smaller, recipe, heads=heads)
+    low, high = size_range(recipe.program, chain, recipe, heads=heads)
+    place = (size - least) / max(1, most - least)
+    # a run may be asked for a little more than its largest forms use
+    scaled = low + math.floor(min(1.0, place) * (high - low))
+    if heads:
+        return recipe.updated(size=scaled)
+    weights = sum(x.weights for x in sizes_of(chain, recipe))
+    return recipe.updated(bits=bits_in(scaled, weights))
 
 
 def most_asked(most: int) -> int:
@@ -142,9 +176,9 @@ def too_large(asked: str, program: str, most: str) -> RecipeError:
 
 def _check_bits(program: str, bits: float, sizes: Sequence[LinearSize]) -> None:
     """Refuses bits of a weight that no forms of a program have. Raises RecipeError."""
-    least, most = byte_range(program, [size.shape for size in sizes])
+    least, most = byte_range(program, sizes)
     weights = sum(size.weights for size in sizes)
-    if 8 * least > bits * weights:
+    if least > _bytes_at(bits, weights):
         raise RecipeError(
             f"bits {bits:g} are too few for {program}; at least {_rounded_up(8 * least / weights)} are possible"
         )
@@ -193,10 +227,9 @@ def check_forms(program: str, chain: Chain, recipe: Recipe) -> None:
 
 
 def check_size(chain: Chain, recipe: Recipe) -> None:
-    """Refuses a size that no forms of its program have, and what ``check_forms`` does. Raises RecipeError."""
+    """Refuses a size that no forms of its program have, where ``check_forms`` refused nothing. Raises RecipeError."""
     if recipe.program is None:
         return
-    check_forms(recipe.program, chain, recipe)
     if recipe.size is not None:
         _check_bytes(recipe.program, recipe.size, chain, recipe)
     if recipe.bits is not None:
@@ -378,7 +411,7 @@ def _heads(
 ) -> Heads:
     """The types of embedding and head in ``room`` bytes for them and the linears."""
     weights = sum(size.weights for size in sizes)
-    least, most = byte_range(LLAMA_CPP, [size.shape for size in sizes])
+    least, most = byte_range(LLAMA_CPP, sizes)
     tried = some_sizes(tables, room, least)
     candidates = [by_linear(8 * min(size, most) / weights) for size in tried]
     divergence_of = divergences(judging, measured, candidates)
@@ -419,8 +452,7 @@ def _smallest_size(
     assert recipe.program is not None
     goal = recipe.divergence
     weights = sum(size.weights for size in sizes)
-    shapes = [size.shape for size in sizes]
-    least, most = byte_range(recipe.program, shapes)
+    least, most = byte_range(recipe.program, sizes)
     some = [float(most)]
     if tables:
         some = [*np.geomspace(least, most, CURVE_SIZES)]

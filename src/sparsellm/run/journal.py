@@ -66,6 +66,11 @@ class Identity:
     # digest of the weights that are pruned, if they are not the dense model's
     start: str = ""
 
+    def stored(self) -> Settings:
+        """The identity as records have it."""
+        values: Settings = to_jsonable_python(asdict(self))
+        return values
+
 
 @dataclass(frozen=True)
 class BlockRecord:
@@ -121,9 +126,7 @@ class Journal(contextlib.ExitStack):
 
         def begin(out: Path) -> bool:
             # torchrun and Slurm repeat a command with its --restart, and count starts: a later start resumes the run.
-            identical = directory.left_in(self._partial) == to_jsonable_python(
-                asdict(identity)
-            )
+            identical = directory.left_in(self._partial) == identity.stored()
             counts = (
                 os.environ.get(f"{launcher}_RESTART_COUNT", "0")
                 for launcher in ("TORCHELASTIC", "SLURM")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts, machine, parallel
 from sparsellm.errors import NumericalError
@@ -18,9 +17,10 @@ from sparsellm.files.contents import check_weights
 from sparsellm.files.directory import check_room, check_unfinished, partial_of
 from sparsellm.inputs import without_folders
 from sparsellm.model import Chain
-from sparsellm.progress import PhaseClock, ProgressCallback, ignore
+from sparsellm.progress import PhaseClock, ProgressCallback, ignore, note
 from sparsellm.records import PRUNING, Prediction, Pruning, read_pruning
-from sparsellm.run.decided import open_and_decide
+from sparsellm.run.budget import Budget
+from sparsellm.run.decided import decide, open_and_decide, open_run
 from sparsellm.run.fewer_experts import (
     clean_up,
     open_removal,
@@ -28,6 +28,7 @@ from sparsellm.run.fewer_experts import (
     removal_of,
     remove_experts_of,
 )
+from sparsellm.run.form_choice import for_whole
 from sparsellm.run.held_out import HeldOutWindows
 from sparsellm.run.journal import Identity, Journal
 from sparsellm.run.opening import device_of
@@ -36,6 +37,11 @@ from sparsellm.run.result import Measured, PruneResult
 from sparsellm.run.saving import base_of_run, result_of, save
 from sparsellm.run.sweeping import sweep_model
 from sparsellm.run.walk import Targets, dense_end, survey, walk
+
+OF_WHOLE = (
+    "the forms are those of the whole mixture, scaled to the size with fewer experts; the run chooses them after the "
+    "removal"
+)
 
 
 def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
@@ -153,7 +159,7 @@ def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None
     with machine.computing(device_of(request.model, request.recipe)):
         if request.recipe.experts is None:
             _, _, decided = open_and_decide(there, PhaseClock(), progress)
-            alike = known.identity == to_jsonable_python(asdict(decided.identity))
+            alike = known.identity == decided.identity.stored()
         else:
             alike = known.removal == removal_of(there, progress)
     if not alike:
@@ -163,11 +169,18 @@ def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None
 
 
 def choose(request: Request, progress: ProgressCallback) -> Targets:
-    """What a run would aim at: all that it does before its first block, with its refusals. Nothing is written."""
+    """What a run would aim at: all that it does before its first block, with its refusals. Nothing is written. If
+    experts are to be removed, which writes a checkpoint, it is chosen for all of them."""
     progress = progress if parallel.is_main() else ignore
     clock = PhaseClock()
     with machine.computing(device_of(request.model, request.recipe)):
-        models, budget, decided = open_and_decide(request, clock, progress)
+        models = open_run(request, clock, progress)
+        if request.recipe.experts is not None:
+            recipe = for_whole(request.recipe, models.chain)
+            request = replace(request, recipe=recipe)
+            note(progress, [OF_WHOLE])
+        budget = Budget(request.recipe, models.chain.device)
+        decided = decide(request, models, budget, clock, progress)
         blocks = len(models.chain)
         with Journal(None, blocks, restart=False, overwrite=False) as journal:
             feed = decided.feed(models.chain, budget.scratch(None), progress)
@@ -223,11 +236,10 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
 
 def _check_resumes(out: Path, identity: Identity, request: Request) -> None:
     """Refuses an unfinished run into ``out`` that has another identity. Raises StorageError."""
-    known = to_jsonable_python(asdict(identity))
     check = partial(
         check_unfinished,
         partial_of(out),
-        known,
+        identity.stored(),
         restart=request.restart,
         model=request.called,
     )
