@@ -168,11 +168,12 @@ class Plot:
         yield f'<g transform="rotate(-90 {x} {middle})">{upright}</g>'
 
     def labels(
-        self, placed: list[tuple[float, float, str, str]], line: Line
+        self, placed: list[tuple[float, float, str, str]], lines: Iterable[Line]
     ) -> Iterator[str]:
-        """Names of points ``(x, y, label, colour)``, where they cover least of points, other names and a line."""
+        """Names of points ``(x, y, label, colour)``, where they cover least of points, other names and lines."""
         taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y, _, _ in placed]
-        taken += along(line)
+        for line in lines:
+            taken += along(line)
         for x, y, label, color in placed:
             wide = LETTER * len(label)
             boxes = []

@@ -61,7 +61,7 @@ def draw(points: list[Point], conditions: str) -> str:
         *legend(76, {name: styles[name] for name in series}),
         *[marker(x, y, style) for x, y, _, style in at],
         *plot.labels(
-            [(x, y, label, f"var({style[1]})") for x, y, label, style in at], line
+            [(x, y, label, f"var({style[1]})") for x, y, label, style in at], [line]
         ),
     ]
     return "\n".join([*parts, "</svg>"]) + "\n"

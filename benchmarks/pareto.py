@@ -252,7 +252,7 @@ def panel(name: str, cells: dict[Tried, Cell], left: float) -> list[str]:
         polyline(line),
         *[marker(x, y, style) for x, y, _, style in at],
         *plot.labels(
-            [(x, y, named, f"var({style[1]})") for x, y, named, style in at], line
+            [(x, y, named, f"var({style[1]})") for x, y, named, style in at], [line]
         ),
     ]
 

@@ -1,8 +1,10 @@
 """The picture of ``real_model.py``: bytes of the whole file against divergence, wide and narrow, light and dark.
 
-    python benchmarks/size_picture.py docs/data/real-model.csv --model Qwen2.5-Coder-1.5B-Instruct --out docs/figures
+    python benchmarks/size_picture.py docs/data/real-model.csv --model "Qwen2.5-Coder-1.5B-Instruct, bf16" \
+        --off-grid "Qwen2.5-Coder-1.5B-Instruct, off the grid, 16 windows" --out docs/figures
 
-writes ``sizes.svg``, and ``sizes-narrow.svg`` that is readable on a telephone.
+writes ``sizes.svg``, and ``sizes-narrow.svg`` that is readable on a telephone. Points off the grid
+are hollow.
 """
 
 from __future__ import annotations
@@ -11,28 +13,40 @@ import argparse
 import csv
 from pathlib import Path
 
-from drawing import Marker, Plot, Point, head, legend, marker, polyline
+from drawing import Line, Marker, Plot, Point, head, legend, marker, polyline
 
 STYLES: dict[str, Marker] = {
     "llama.cpp": ("circle", "--a", True),
     "sparsellm for llama.cpp": ("triangle", "--ours", True),
-    "sparsellm for sparsellm": ("square", "--ours", False),
+    "llama.cpp, off the grid": ("circle", "--a", False),
+    "sparsellm, off the grid": ("triangle", "--ours", False),
+}
+OFF_GRID = {
+    "llama.cpp": "llama.cpp, off the grid",
+    "sparsellm for llama.cpp": "sparsellm, off the grid",
 }
 GIGABYTE = 1e9
 
 
-def points_of(table: Path, model: str, text: str) -> list[Point]:
-    """The points ``(made by, name of the size, gigabytes, divergence)`` of a model on a text."""
+def points_of(table: Path, model: str, off_grid: str, text: str) -> list[Point]:
+    """The points ``(series, name of the size, gigabytes, divergence)`` of a model on a text, on its grid and off it."""
     points: list[Point] = []
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
-            if (row["model"], row["text"], row["seed"]) != (model, text, "0"):
+            if (row["text"], row["seed"]) != (text, "0"):
                 continue
-            if row["made by"] not in STYLES:
+            series = ""
+            if row["model"] == model:
+                series = row["made by"]
+            elif row["model"] == off_grid:
+                series = OFF_GRID.get(row["made by"], "")
+            if series not in STYLES:
                 continue
-            label = row["size of"] if row["made by"] == "llama.cpp" else ""
+            label = ""
+            if row["made by"] == "llama.cpp":
+                label = row["size of"]
             size = int(row["bytes"]) / GIGABYTE
-            points.append((row["made by"], label, size, float(row["kl"])))
+            points.append((series, label, size, float(row["kl"])))
     if not points:
         raise SystemExit(f"{table} has no rows of {model} on {text}")
     return sorted(points, key=lambda point: point[2])
@@ -55,9 +69,11 @@ def draw(
         *head(width, height, title, says),
         *plot.grid(),
         *plot.names("GB of the whole file", "divergence (KL)"),
-        *legend(58 + 15 * len(says), styles),
+        *legend(
+            58 + 15 * len(says), {x: style for x, style in styles.items() if style[2]}
+        ),
     ]
-    line: list[tuple[float, float]] = []
+    lines: list[Line] = []
     placed: list[tuple[float, float, str, str]] = []
     for name, style in styles.items():
         line = [
@@ -66,11 +82,12 @@ def draw(
             if series == name
         ]
         parts.append(polyline(line, style[1]))
+        lines.append(line)
         parts += [marker(x, y, style) for x, y in line]
     for series, label, size, divergence in points:
         color = f"var({STYLES[series][1]})"
         placed.append((plot.x(size), plot.y(divergence), label, color))
-    parts += plot.labels(placed, line)
+    parts += plot.labels(placed, lines)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -80,13 +97,18 @@ def main() -> None:
     )
     parser.add_argument("table", type=Path)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--off-grid", default="", help="its name off the grid")
     parser.add_argument("--text", default="wikitext2-raw-test.txt")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    points = points_of(asked.table, asked.model, asked.text)
+    points = points_of(asked.table, asked.model, asked.off_grid, asked.text)
     title = "Divergence at a size"
     wide = [f"{asked.model} on {asked.text.split('.')[0]}, lower is better"]
     narrow = [asked.model, f"on {asked.text.split('.')[0]}, lower is better"]
+    if asked.off_grid:
+        hollow = "hollow: the weights were moved off their 4-bit grid"
+        wide.append(hollow)
+        narrow.append(hollow)
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "sizes.svg").write_text(draw(points, 860, 440, title, wide))
     (asked.out / "sizes-narrow.svg").write_text(draw(points, 360, 380, title, narrow))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import api, programs
@@ -18,8 +16,8 @@ from sparsellm.app import tables
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError
 from sparsellm.exports import template
 from sparsellm.run import form_choice
-from tests.exports.checkpoints import IDS, mixtral, wide_llama
-from tests.models import converter, save_tiny, tiny_tokenizer
+from tests.exports.checkpoints import family, logits, mixtral, wide_llama
+from tests.models import converter, save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.models.in_gguf import Kind, write_gguf
 
 SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 32, "effort": 0}
@@ -47,12 +45,6 @@ def compress(
 ) -> sparsellm.CompressResult:
     settings = {**SETTINGS, "calibration": str(home / "text.txt"), **(recipe or {})}
     return sparsellm.compress(home / "dense", settings, out=out, **options)
-
-
-def logits(directory: Path) -> Tensor:
-    with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        return model(IDS).logits
 
 
 def test_a_packed_directory_has_the_size_and_names_its_forms(
@@ -321,6 +313,29 @@ def test_a_model_that_is_not_converted_is_refused_at_once(
             converter=script,
         )
     assert [*tmp_path.iterdir()] == [script]
+
+
+def test_what_vllm_does_not_load_is_refused_at_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would end with the same words, after hours."""
+    save_tiny(tiny_gpt2(n_embd=64, n_inner=96), tiny_tokenizer(), tmp_path / "gpt2")
+    recipe = {**SETTINGS, "calibration": str(home / "text.txt")}
+
+    def refused(model: Path, match: str) -> None:
+        with pytest.raises(SparseLLMError, match=match):
+            sparsellm.compress(
+                model, recipe, program="vllm", bits=6.0, out=tmp_path / "out"
+            )
+
+    refused(tmp_path / "gpt2", "c_attn is a Conv1D, .*take --for llama.cpp")
+    stacked = family("GptOss")
+    save_tiny(stacked, tiny_tokenizer(), tmp_path / "stacked")
+    refused(tmp_path / "stacked", "gate_proj has no tensor of its own")
+    library = "compressed_tensors.compressors.pack_quantized"
+    monkeypatch.setitem(sys.modules, library, None)
+    refused(home / "dense", "pip install compressed-tensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"gpt2", "stacked"}
 
 
 def test_a_directory_for_vllm_fills_its_size(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from sparsellm import api, interrupts
 from sparsellm.arguments import Checkpoint, Out, PathGiven, RecipeGiven, checked
 from sparsellm.convert import head_bytes, pack
 from sparsellm.errors import RecipeError, shown
+from sparsellm.exports.compressed import check_compressed
 from sparsellm.exports.door import MAKE_TEMPLATE, export
 from sparsellm.exports.gguf_file import check_file, expected_bytes, other_bytes
+from sparsellm.exports.linears import tensor_of
 from sparsellm.exports.template import Template, check_converter, metadata_bytes
 from sparsellm.files.contents import companions_of
 from sparsellm.files.demo_model import demo_gguf
@@ -350,6 +352,7 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
         if settled.experts is not None:
             chain = FewerExperts(chain, settled.experts).chain
         check_forms(program, chain, settled)
+        _check_exported(program, chain, settled, source)
         metadata = 0
         if script is not None:
             # refuses a model that it does not convert, before the work
@@ -413,6 +416,21 @@ def _check_places(
     if program in EXPORTED:
         check_page(_report(place))
     return pruned
+
+
+def _check_exported(
+    program: ProgramName, chain: Chain, recipe: Recipe, source: Path
+) -> None:
+    """Refuses before the work what the export refuses at its end. Raises ModelError or MissingExtraError."""
+    if program not in EXPORTED:
+        return
+    names = {size.name for size in sizes_of(chain, recipe)}
+    if program == "vllm":
+        check_compressed(chain, names, "take --for llama.cpp")
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            if linear.name in names:
+                tensor_of(chain, linear, source)
 
 
 def _pruned(place: Path, program: ProgramName) -> Path:

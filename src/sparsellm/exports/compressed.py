@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsellm.errors import MissingExtraError, ModelError
-from sparsellm.exports.blocks import block_type
 from sparsellm.exports.linears import OnGrid
 from sparsellm.files.directory import WorkingDirectory
 from sparsellm.files.results import read_results
 from sparsellm.files.writer import TensorSource, joined, written
 from sparsellm.inputs import read_object
+from sparsellm.model import Chain
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.structure import iterate_linears
 from sparsellm.progress import Progress, ProgressCallback
@@ -27,27 +27,25 @@ from sparsepack.grids import GRIDS, Grid
 _INT8_ACTIVATIONS = "w8a8"
 
 
-def check_compressed(model: OnGrid) -> None:
-    """Refuses a model with ``Conv1D``, for which the format has no form, and one with dense experts, which transformers
-    cannot stack (ModelError); a MissingExtraError without the library."""
+def check_compressed(chain: Chain, names: Collection[str], instead: str) -> None:
+    """Refuses a model whose linears of these names are to be in this format: one with ``Conv1D`` among them, for which
+    it has no form, and one with experts that are not, which transformers cannot stack (ModelError, which tells what to
+    do ``instead`` of a Conv1D); a MissingExtraError without the library."""
     try:
         from compressed_tensors.compressors.pack_quantized import helpers  # noqa: F401
     except ImportError:
         raise MissingExtraError(
             "this needs compressed-tensors: pip install compressed-tensors"
         ) from None
-    if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
-        way = "prune with --grid q4_0 and export to gguf"
-        if block_type(model.grid):
-            way = "export to gguf"
+    views = [view for index in range(len(chain)) for view in chain.linears(index)]
+    turned = [view.name for view in views if view.transposed and view.name in names]
+    if turned:
         raise ModelError(
-            f"{min(names)} is a Conv1D, which compressed-tensors does not have; {way}"
+            f"{min(turned)} is a Conv1D, which compressed-tensors does not have; {instead}"
         )
-    views = (
-        view for index in range(len(model.chain)) for view in model.chain.linears(index)
-    )
-    experts = [view.name for view in views if isinstance(view.module, ExpertLinear)]
-    if dense := sorted({*experts} - {*model.linears.values()}):
+    experts = {view.name for view in views if isinstance(view.module, ExpertLinear)}
+    dense = sorted(experts.difference(names))
+    if dense:
         raise ModelError(
             f"{dense[0]} was not pruned, and transformers loads only mixtures whose experts all were"
         )

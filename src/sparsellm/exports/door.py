@@ -146,7 +146,10 @@ def export(  # noqa: PLR0913 - the Python door
                 keep=keep,
             )
     else:
-        check_compressed(opened)
+        instead = "prune with --grid q4_0 and export to gguf"
+        if block_type(opened.grid):
+            instead = "export to gguf"
+        check_compressed(opened.chain, {*opened.linears.values()}, instead)
         work = WorkingDirectory(
             place,
             {"kind": "export"},

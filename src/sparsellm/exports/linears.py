@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsellm.errors import ModelError, RecipeError, StorageError, shown
 from sparsellm.files.contents import check_weights
 from sparsellm.files.reader import CheckpointReader, as_storage_error
-from sparsellm.model import Chain, open_chain
+from sparsellm.model import Chain, LinearView, open_chain
 from sparsellm.records import PRUNING, PUT_BACK, Pruning, read_pruning
 from sparsepack.grid import codes_of
 from sparsepack.grids import GRIDS, Grid
@@ -76,6 +76,18 @@ class OnGrid:
             return codes_of(weight, self.grids[key], self.linears[key])
 
 
+def tensor_of(chain: Chain, linear: LinearView, directory: Path) -> str:
+    """The tensor in ``directory`` that is the weight of a linear. A ModelError says that it is a part of one, or that
+    other modules use it too."""
+    weight = linear.weight_name
+    key: str = chain.key_of[weight]
+    if weight in chain.parts or chain.is_shared(weight) or not key.endswith(".weight"):
+        raise ModelError(
+            f"{linear.name} has no tensor of its own in {directory} ({key}), so it is not exported"
+        )
+    return key
+
+
 def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
     """A checkpoint that was pruned on some of these grids. A RecipeError says that it is on another grid, or none; a
     ModelError or StorageError that it cannot be read, its weights are not those that were pruned, files contradict each
@@ -107,16 +119,7 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
             raise StorageError(
                 f"{directory / PRUNING}: the model has no linear {shown(linear.name)}; {PUT_BACK}"
             )
-        weight = views[linear.name].weight_name
-        key = chain.key_of[weight]
-        if (
-            weight in chain.parts
-            or chain.is_shared(weight)
-            or not key.endswith(".weight")
-        ):
-            raise ModelError(
-                f"{linear.name} has no tensor of its own in {directory} ({key}), so it is not exported"
-            )
+        key = tensor_of(chain, views[linear.name], directory)
         linears[key] = linear.name
         on[key] = GRIDS[run.values_of(linear)]
     assert chain.reader is not None

@@ -135,6 +135,7 @@ def render_run(record: Checkpoint) -> bytes:
         f"{record.model}: {pruning.in_short}",
         [*linears, allocation, *course],
         record=record,
+        kind="compressed" if record.exported else "pruned",
         place=shlex.quote(record.name),
         rows=rows,
         commands=commands,
