@@ -141,13 +141,14 @@ def _command(
                 name: given.pop(name, False) for name in ("json", "quiet", "verbose")
             }
             given |= {name: value for name, value in reporting.items() if name in taken}
-            if "progress" in taken:
-                quiet = reporting["quiet"] or not parallel.is_main()
-                verbose = reporting["verbose"]
-                with console.progress(quiet=quiet, verbose=verbose) as progress:
-                    printed = function(progress=progress, **given)
-            else:
-                printed = function(**given)
+            with use.named_as_typed(parameters, values):
+                if "progress" in taken:
+                    quiet = reporting["quiet"] or not parallel.is_main()
+                    verbose = reporting["verbose"]
+                    with console.progress(quiet=quiet, verbose=verbose) as progress:
+                        printed = function(progress=progress, **given)
+                else:
+                    printed = function(**given)
             if printed is not None and parallel.is_main():
                 content, show = printed
                 show = (
