@@ -78,7 +78,12 @@ class _Command(TyperCommand):
         given = list(args)
         # else click refuses them, without a hint
         ctx.allow_extra_args = True
-        super().parse_args(ctx, args)
+        try:
+            super().parse_args(ctx, args)
+        except typer.BadParameter:
+            # one is missing; a wrong name is said first
+            use.check_tasks(ctx.params)
+            raise
         if ctx.args and not ctx.resilient_parsing:
             raise use.too_many(given, ctx.args[0], str(ctx.info_name))
         return list(ctx.args)

@@ -342,6 +342,15 @@ def named_as_typed(
         raise
 
 
+def check_tasks(values: Mapping[str, Any]) -> None:
+    """Refuses names of tasks that lm-eval does not know, where another option of a command is missing. Raises
+    RecipeError."""
+    if values.get("tasks"):
+        from sparsellm.evaluation.tasks import find_tasks
+
+        find_tasks(listed(values["tasks"]), values.get("tasks_dir"))
+
+
 def listed(text: str) -> list[str]:
     """The parts of a text with commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
