@@ -170,6 +170,14 @@ MISTAKES = [
     ("serve packed --host no.such", "this name is unknown (Name or service not known"),
     ("generate packed hello --temperature -1", "temperature is -1.0: it should be"),
     ("serve packed --port 99999", "--port is 99999: it should be less than or equal"),
+    (f"{PRUNE} --seq-len 0", "error: --seq-len is 0: it should be greater than or"),
+    (f"{PRUNE} --values INT4", "error: --values is 'INT4': it should be 'keep'"),
+    (f"{PRUNE} --set seq_len=0", "error: recipe field seq_len is 0: it should be"),
+    ("eval model --text w.txt --seq-len 0", "error: --seq-len is 0: it should be gr"),
+    ("plan model --ranks 0", "error: --ranks is 0: it should be greater than or"),
+    ("compress model --for vllm --bits 0 --out s", "error: --bits is 0.0: it should"),
+    ("compress model --for no --bits 4 --out s", "error: --for is 'no': it should be"),
+    ("generate packed a --max-new-tokens 0", "error: --max-new-tokens is 0: it sho"),
     ("serve packed --port http", "--port is 'http'; write a whole number"),
 ]
 

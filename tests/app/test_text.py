@@ -96,7 +96,7 @@ def test_every_command_shows_names_as_they_are_and_a_json(
     assert f"written to {again}\n" in shown["export"]
     assert all(part in shown["bench"] for part in ("packed is", "weights in memory"))
     assert shown["generate"].startswith("see [bold]x[/bold] :smile: [/]")
-    assert "max_new_tokens is 0" in refusal(
+    assert "--max-new-tokens is 0" in refusal(
         "generate", packed, "see", "--max-new-tokens", 0
     )
 

@@ -446,8 +446,13 @@ def test_tasks_change_no_model_and_compute_as_the_blocks(
         _metrics("numbers", {"perplexity,none": math.inf})
 
 
+@pytest.mark.parametrize("with_text", [True, False])
 def test_an_unknown_task_is_refused_before_the_model_is_opened(
-    text: Path, folder: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch
+    with_text: bool,
+    text: Path,
+    folder: Path,
+    refusal: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tasks = pytest.importorskip("lm_eval.tasks")  # it takes long to read its own tasks
     monkeypatch.setattr(
@@ -456,8 +461,7 @@ def test_an_unknown_task_is_refused_before_the_model_is_opened(
     line = refusal(
         "eval",
         "nowhere/model",
-        "--text",
-        text,
+        *(["--text", text] if with_text else []),
         "--tasks",
         "tiny_nombers",
         "--tasks-dir",

@@ -78,7 +78,12 @@ class _Command(TyperCommand):
         given = list(args)
         # else click refuses them, without a hint
         ctx.allow_extra_args = True
-        super().parse_args(ctx, args)
+        try:
+            super().parse_args(ctx, args)
+        except typer.BadParameter:
+            # one is missing; a wrong name is said first
+            use.check_tasks(ctx.params)
+            raise
         if ctx.args and not ctx.resilient_parsing:
             raise use.too_many(given, ctx.args[0], str(ctx.info_name))
         return list(ctx.args)
@@ -141,13 +146,14 @@ def _command(
                 name: given.pop(name, False) for name in ("json", "quiet", "verbose")
             }
             given |= {name: value for name, value in reporting.items() if name in taken}
-            if "progress" in taken:
-                quiet = reporting["quiet"] or not parallel.is_main()
-                verbose = reporting["verbose"]
-                with console.progress(quiet=quiet, verbose=verbose) as progress:
-                    printed = function(progress=progress, **given)
-            else:
-                printed = function(**given)
+            with use.named_as_typed(parameters, values):
+                if "progress" in taken:
+                    quiet = reporting["quiet"] or not parallel.is_main()
+                    verbose = reporting["verbose"]
+                    with console.progress(quiet=quiet, verbose=verbose) as progress:
+                        printed = function(progress=progress, **given)
+                else:
+                    printed = function(**given)
             if printed is not None and parallel.is_main():
                 content, show = printed
                 show = (

@@ -5,9 +5,10 @@ An option that sets a field of the recipe is made from that field, which holds a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
@@ -30,7 +31,7 @@ from sparsellm.recipe import (
     help_of,
     option_of,
 )
-from sparsepack.errors import SettingError
+from sparsepack.errors import SettingError, UserError
 
 # groups of commands, as --help shows them
 TO_MAKE = "Make"
@@ -316,6 +317,38 @@ def made(kind: type[Made], **values: Any) -> Made:
         said = refusal(error)
     name, _, why = said.partition(" ")
     raise RecipeError(f"--{name.replace('_', '-')} {why}")
+
+
+@contextlib.contextmanager
+def named_as_typed(
+    parameters: Sequence[Parameter], values: Mapping[str, Any]
+) -> Iterator[None]:
+    """In the context an error that begins with a setting's name has the option's name in its place, if the option was
+    typed: its value is in ``values``."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        setting = re.match(r"(recipe field )?(\w+) is ", said)
+        for parameter in parameters:
+            typed = values.get(parameter.name) not in (None, [])
+            if setting is None or not typed or setting[2] != parameter.name:
+                continue
+            if setting[1] or ": it should " in said:
+                (info,) = parameter.annotation.__metadata__
+                # typer keeps the first name of an option in place of a default
+                name = str(info.default) if isinstance(info, OptionInfo) else setting[2]
+                error.args = (f"{name}{said[setting.end(2) :]}",)
+        raise
+
+
+def check_tasks(values: Mapping[str, Any]) -> None:
+    """Refuses names of tasks that lm-eval does not know, where another option of a command is missing. Raises
+    RecipeError."""
+    if values.get("tasks"):
+        from sparsellm.evaluation.tasks import find_tasks
+
+        find_tasks(listed(values["tasks"]), values.get("tasks_dir"))
 
 
 def listed(text: str) -> list[str]:
