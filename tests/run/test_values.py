@@ -29,9 +29,9 @@ from sparsellm.method.sweep.integers import Integers
 from sparsellm.method.sweep.sweep_task import SweepTask
 from sparsellm.model import Feed, open_chain
 from sparsellm.patterns import parse_pattern
-from sparsellm.records import LinearResult, Pruning, read_pruning
+from sparsellm.records import LinearResult, Pruning, bits_per_weight, read_pruning
 from sparsellm.run import walk
-from sparsellm.run.result import bits_per_weight, rounded_to
+from sparsellm.run.result import rounded_to
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid
 from sparsepack.grids import GRIDS
